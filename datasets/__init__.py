@@ -1,0 +1,7 @@
+"""Data sets, one file each. Importing the package registers all of them with Dassl."""
+
+import fallback  # noqa: F401 (must come first: it makes `import dassl` work)
+
+from . import caltech101
+
+__all__ = ["caltech101"]

@@ -1,0 +1,5 @@
+"""Data sets, samplers, transforms and loaders."""
+
+from .data_manager import DataManager, DatasetWrapper
+
+__all__ = ["DataManager", "DatasetWrapper"]

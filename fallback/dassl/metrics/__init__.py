@@ -1,0 +1,5 @@
+"""Measures of model outputs."""
+
+from .accuracy import compute_accuracy
+
+__all__ = ["compute_accuracy"]

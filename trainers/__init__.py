@@ -1,0 +1,16 @@
+"""Methods, one file each. Importing the package registers all of them with Dassl."""
+
+import fallback  # noqa: F401 (must come first: it makes `import dassl` work)
+
+from . import coop, logoprompt, zsclip
+
+METHODS = (coop, logoprompt)  # those with config keys of their own
+
+
+def extend_cfg(cfg) -> None:
+    """Add the config keys of all methods."""
+    for method in METHODS:
+        method.extend_cfg(cfg)
+
+
+__all__ = ["METHODS", "coop", "extend_cfg", "logoprompt", "zsclip"]

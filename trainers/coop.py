@@ -1,0 +1,72 @@
+"""CoOp: learning to prompt for vision-language models (Zhou et al., IJCV 2022, arXiv 2109.01134)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from dassl.engine import TRAINER_REGISTRY
+from yacs.config import CfgNode as CN
+
+from .prompting.backbone import Backbone
+from .prompting.text import PromptLearner, TextEncoder
+from .prompting.trainer import PromptTrainer
+
+
+def extend_cfg(cfg: CN) -> None:
+    """Add CoOp's keys, with its names and defaults."""
+    cfg.TRAINER.COOP = CN()
+    cfg.TRAINER.COOP.N_CTX = 16  # number of context vectors
+    cfg.TRAINER.COOP.CSC = False  # class-specific context
+    cfg.TRAINER.COOP.CTX_INIT = ""  # initialisation words
+    cfg.TRAINER.COOP.PREC = "fp16"  # fp16, fp32, amp
+    cfg.TRAINER.COOP.CLASS_TOKEN_POSITION = "end"  # end, middle or front
+
+
+class CustomCLIP(nn.Module):
+    """CLIP whose text prompts have learnable contexts."""
+
+    def __init__(self, cfg: CN, classnames: list[str], clip_model: Backbone) -> None:
+        super().__init__()
+        method = cfg.TRAINER.COOP
+        self.prompt_learner = PromptLearner(
+            clip_model, classnames, method.N_CTX, method.CTX_INIT, method.CSC, method.CLASS_TOKEN_POSITION
+        )
+        self.backbone = clip_model
+        self.text_encoder = TextEncoder(clip_model)
+
+    def text_features(self) -> torch.Tensor:
+        """(C, E) text features of unit length."""
+        return self.text_encoder(*self.prompt_learner())
+
+    def logits(self, image: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, H) images, (C, E) text features -> (B, C) cosines divided by the temperature."""
+        with torch.no_grad():  # nothing behind the image encoder is learned
+            image_features = self.backbone.encode_image(image)
+        return self.backbone.logits(image_features, text_features)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.logits(image, self.text_features())
+
+
+@TRAINER_REGISTRY.register()
+class CoOp(PromptTrainer):
+    """Context optimisation by cross-entropy."""
+
+    def build_model(self) -> None:
+        clip_model = self.load_backbone(self.method_cfg().PREC)
+        self.model = CustomCLIP(self.cfg, self.classnames, clip_model).to(self.device)
+        self.register_prompt_learner(self.model.prompt_learner)
+
+    def loss(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        image, label = batch["img"].to(self.device), batch["label"].to(self.device)
+        logits = self.model(image)
+        return F.cross_entropy(logits, label), logits, label
+
+    def text_features(self) -> torch.Tensor:
+        return self.model.text_features()
+
+    def model_inference(self, image: torch.Tensor) -> torch.Tensor:
+        return self.model.logits(image, self.prompt_text)

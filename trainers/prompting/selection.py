@@ -1,0 +1,90 @@
+"""Hard negatives, the min-max contrastive loss (Eq. 3) and the selection at test time.
+
+Everything is computed in log space and at least in float32, whatever the precision of the encoders. Log-probabilities
+are those of a softmax over all C classes, for the original image and for every class-conditional image.
+"""
+
+from __future__ import annotations
+
+import torch
+
+LOSSES = ("infonce", "paper")
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """log p(c|x), a softmax over the last dimension; half precision is raised to float32 first."""
+    return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def top_classes(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """The k most probable classes, most probable first; among equals the lower label comes first.
+
+    Args:
+        logits: (B, C).
+        k: shrinks to C where there are fewer classes.
+
+    Returns:
+        (B, min(k, C)) labels.
+    """
+    # A stable sort, because topk leaves the order of ties to the device.
+    return logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def hard_negatives(logits: torch.Tensor, label: torch.Tensor, k: int) -> torch.Tensor:
+    """c_1 … c_K: the K most probable classes of the original image other than y (section 3.3).
+
+    Args:
+        logits: (B, C) of the original images.
+        label: (B,) y.
+        k: K; shrinks to C - 1 where there are fewer classes.
+
+    Returns:
+        (B, min(K, C - 1)) labels, most probable first.
+    """
+    ranked = top_classes(logits, logits.shape[-1])
+    return ranked[ranked != label.unsqueeze(1)].view(len(label), -1)[:, :k]
+
+
+def min_max_loss(
+    positive: torch.Tensor,
+    positive_conditional: torch.Tensor,
+    negative: torch.Tensor,
+    negative_conditional: torch.Tensor,
+    form: str,
+) -> torch.Tensor:
+    """Eq. 3: L = -log( min(p(y|x), p(y|x_y)) / sum_k max(p(c_k|x), p(c_k|x_{c_k})) ), per image.
+
+    Args:
+        positive: (B,) log p(y|x).
+        positive_conditional: (B,) log p(y|x_y).
+        negative: (B, K) log p(c_k|x).
+        negative_conditional: (B, K) log p(c_k|x_{c_k}).
+        form: ``"paper"`` as printed (unbounded below: the positive is not in the denominator), ``"infonce"`` with the
+            positive added to the denominator, as in the loss the paper says it extends (then L >= 0).
+
+    Returns:
+        (B,) losses. Without negatives (C = 1) there is nothing to contrast and the loss is zero.
+    """
+    hardest_positive = torch.minimum(positive, positive_conditional)
+    hardest_negatives = torch.maximum(negative, negative_conditional)
+    if hardest_negatives.shape[1] == 0:
+        return hardest_positive * 0
+    if form == "infonce":
+        hardest_negatives = torch.cat([hardest_positive.unsqueeze(1), hardest_negatives], dim=1)
+    return hardest_negatives.logsumexp(dim=1) - hardest_positive
+
+
+def select(original: torch.Tensor, candidates: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
+    """Selection at test time: argmax_k max(p(c_k|x), p(c_k|x_{c_k})) over the top-K classes (section 3.4).
+
+    Args:
+        original: (B, C) log p(c|x).
+        candidates: (B, K) the top-K classes of x.
+        conditional: (B, K) log p(c_k|x_{c_k}).
+
+    Returns:
+        (B, C) scores whose argmax is the prediction: log max(p(c_k|x), p(c_k|x_{c_k})) for the candidates, -inf for the
+        classes that were not considered.
+    """
+    winners = torch.maximum(original.gather(1, candidates), conditional)
+    return torch.full_like(original, float("-inf")).scatter(1, candidates, winners)

@@ -1,0 +1,345 @@
+"""What our Dassl trainers share: loading CLIP, precision, checkpoints, evaluation, ``results.json``.
+
+A method subclasses :class:`PromptTrainer` and says what it learns (``build_model``), what it minimises (``loss``) and
+how it scores an image (``text_features`` once per evaluation, ``model_inference`` per batch).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from contextlib import nullcontext
+from typing import Any, Optional
+
+import torch
+import torch.nn as nn
+from dassl.engine import TrainerX
+from dassl.metrics import compute_accuracy
+from dassl.optim import build_lr_scheduler, build_optimizer
+from dassl.utils import load_pretrained_weights
+from tqdm import tqdm
+
+from .backbone import Backbone, load_clip
+from .errors import UserError
+from .results import write_results
+
+PRECISIONS = ("fp16", "fp32", "amp")
+PROMPT_LEARNER = "prompt_learner"
+BEST = "model-best.pth.tar"
+MEANINGFUL = 5.0  # percentage points above chance from which on losing half of them is no accident
+DERIVED = ("token_prefix", "token_suffix")  # in checkpoints of the original CoOp; they belong to its class names
+
+
+class PromptTrainer(TrainerX):
+    """A Dassl trainer that learns prompts for a frozen CLIP. Only ``prompt_learner`` is registered and checkpointed."""
+
+    prompt_learner: Optional[nn.Module] = None
+    prompt_text: Optional[torch.Tensor] = None  # text features while an evaluation runs
+    scaler: Optional[torch.amp.GradScaler] = None
+    watch: Optional[CollapseWatch] = None  # while and after training
+    model_dir = ""
+    epoch = -1
+
+    # ------------------------------------------------------------------------------------------------ building
+
+    def method_cfg(self) -> Any:
+        """The method's own config node, for example ``cfg.TRAINER.COOP``."""
+        return self.cfg.TRAINER[self.cfg.TRAINER.NAME.upper()]
+
+    def load_backbone(self, prec: str) -> Backbone:
+        """CLIP on the device, frozen, in the precision asked for; checks ``INPUT.SIZE``."""
+        cfg = self.cfg
+        if prec not in PRECISIONS:
+            raise UserError(f"TRAINER.{cfg.TRAINER.NAME.upper()}.PREC {prec}: choose one of {', '.join(PRECISIONS)}")
+        print(f"Loading CLIP (backbone: {cfg.MODEL.BACKBONE.NAME})")
+        backbone = load_clip(cfg.MODEL.BACKBONE.NAME)
+        size = backbone.input_resolution
+        if tuple(cfg.INPUT.SIZE) != (size, size):
+            raise UserError(
+                f"INPUT.SIZE {tuple(cfg.INPUT.SIZE)}: {cfg.MODEL.BACKBONE.NAME} takes images of ({size}, {size}) pixels"
+            )
+        if self.device.type == "cpu" and prec != "fp32":
+            print(f"PREC {prec} needs a GPU: computing in float32 on the CPU")
+            prec = "fp32"
+        if prec == "fp16":
+            backbone.half_weights()
+        self.autocast = torch.autocast("cuda", torch.float16) if prec == "amp" else nullcontext()
+        self.scaler = _grad_scaler() if prec == "amp" else None
+        return backbone.to(self.device)
+
+    def register_prompt_learner(self, prompt_learner: nn.Module) -> None:
+        """Give the prompt learner, and nothing else, to the optimiser and to the checkpoints."""
+        cfg = self.cfg
+        self.prompt_learner = prompt_learner.to(self.device)
+        if cfg.MODEL.INIT_WEIGHTS:
+            load_pretrained_weights(prompt_learner, cfg.MODEL.INIT_WEIGHTS)
+        self.optim = build_optimizer(prompt_learner, cfg.OPTIM)
+        self.sched = build_lr_scheduler(self.optim, cfg.OPTIM)
+        self.register_model(PROMPT_LEARNER, prompt_learner, self.optim, self.sched)
+
+    @property
+    def classnames(self) -> list[str]:
+        return list(self.dm.dataset.classnames)
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def loss(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The loss of a batch (a scalar), the (B, C) logits of the original images and the (B,) labels."""
+        raise NotImplementedError
+
+    def forward_backward(self, batch: dict[str, Any]) -> dict[str, float]:
+        with self.autocast:
+            loss, logits, label = self.loss(batch)
+        if self.scaler is None:
+            self.model_backward_and_update(loss)
+        else:
+            self.optim.zero_grad()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optim)
+            self.scaler.update()
+        accuracy = compute_accuracy(logits, label)[0].item()
+        self.watch.update(accuracy, len(label))
+        if self.batch_idx + 1 == self.num_batches:
+            self.update_lr()
+        return {"loss": loss.item(), "acc": accuracy}
+
+    def train(self) -> None:
+        if self.prompt_learner is None:
+            raise UserError(f"{self.cfg.TRAINER.NAME} has nothing to train: add --eval-only")
+        self.watch = CollapseWatch(self.num_classes)
+        super().train()
+
+    def after_epoch(self) -> None:
+        self.watch.epoch_ends(self.epoch + 1)
+        super().after_epoch()
+
+    def after_train(self) -> None:
+        super().after_train()
+        self._write_results(trained=True)
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def save_model(
+        self, epoch: int, directory: str, is_best: bool = False, val_result: Any = None, model_name: str = ""
+    ) -> None:
+        """Write ``prompt_learner/model.pth.tar-<epoch>``: tensors and plain types only, with the class names.
+
+        The schedule is a function of the epoch, so the scheduler's state is not stored.
+        """
+        folder = os.path.join(directory, PROMPT_LEARNER)
+        os.makedirs(folder, exist_ok=True)
+        model_name = model_name or (BEST if is_best else f"model.pth.tar-{epoch + 1}")
+        state = {
+            "state_dict": self.prompt_learner.state_dict(),
+            "epoch": epoch + 1,
+            "optimizer": self.optim.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "val_result": None if val_result is None else float(val_result),
+            "best_result": float(self.best_result),
+            "classnames": self.classnames,
+            "trainer": self.cfg.TRAINER.NAME,
+        }
+        path = os.path.join(folder, model_name)
+        torch.save(state, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+        print(f"Checkpoint saved to {path}")
+        if model_name == BEST:
+            return  # training goes on from the newest checkpoint, not from the best
+        pointer = os.path.join(folder, "checkpoint")  # Dassl's note of the newest checkpoint
+        with open(f"{pointer}.tmp", "w", encoding="utf-8") as file:
+            file.write(f"{model_name}\n")
+        os.replace(f"{pointer}.tmp", pointer)
+
+    def load_model(self, directory: str, epoch: Optional[int] = None) -> None:
+        """Load ``prompt_learner`` from a run folder: the epoch asked for, else the best model, else the newest one.
+
+        Raises:
+            UserError: no folder given, no such checkpoint, or one that does not fit the classes at hand.
+        """
+        if self.prompt_learner is None:  # nothing is trained, nothing is loaded
+            return
+        if not directory:
+            raise UserError("--eval-only without a model: add --model-dir, the output folder of a training run")
+        self.model_dir = directory
+        folder = os.path.join(directory, PROMPT_LEARNER)
+        names = [f"model.pth.tar-{epoch}"] if epoch is not None else [BEST, newest_checkpoint(folder)]
+        path = next((p for p in (os.path.join(folder, name) for name in names if name) if os.path.isfile(p)), None)
+        if path is None:
+            raise UserError(
+                f"no checkpoint {names[0] if epoch is not None else ''} in {folder}: see --model-dir, --load-epoch"
+            )
+        checkpoint = self._read_checkpoint(path)
+        self._load_prompt_learner(checkpoint, path)
+        self.epoch = int(checkpoint["epoch"]) - 1
+        print(f'Loading weights to {PROMPT_LEARNER} from "{path}" (epoch = {checkpoint["epoch"]})')
+
+    def resume_model_if_exist(self, directory: str) -> int:
+        """Go on from the newest checkpoint of a run folder. Returns the number of epochs done (0: from scratch)."""
+        folder = os.path.join(directory, PROMPT_LEARNER)
+        name = newest_checkpoint(folder)
+        if not name:
+            if self.cfg.RESUME:
+                raise UserError(f"no checkpoint in {folder}: see --resume")
+            print("No checkpoint found, train from scratch")
+            return 0
+        path = os.path.join(folder, name)
+        checkpoint = self._read_checkpoint(path)
+        self._load_prompt_learner(checkpoint, path)
+        if checkpoint.get("classnames", self.classnames) != self.classnames:
+            raise UserError(f"{path} was trained on other classes: choose another --output-dir, or delete that folder")
+        epoch = int(checkpoint["epoch"])
+        if checkpoint.get("optimizer"):
+            self.optim.load_state_dict(checkpoint["optimizer"])
+        if self.scaler and checkpoint.get("scaler"):
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.best_result = checkpoint.get("best_result", self.best_result)
+        # The optimiser's state brought its learning rate along; instead, a fresh schedule is wound forward to here.
+        for group in self.optim.param_groups:
+            group["lr"] = group["initial_lr"]
+        self.sched = self._scheds[PROMPT_LEARNER] = build_lr_scheduler(self.optim, self.cfg.OPTIM)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # no optimiser step belongs to these
+            for _ in range(epoch):
+                self.sched.step()
+        self.epoch = epoch - 1
+        print(f'Resuming from "{path}" after epoch {epoch}')
+        return epoch
+
+    @staticmethod
+    def _read_checkpoint(path: str) -> dict[str, Any]:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint["state_dict"], checkpoint["epoch"]  # noqa: B018 (a KeyError tells another kind of file)
+        except Exception as error:  # noqa: BLE001 (zip, pickle and torch each have errors of their own)
+            raise UserError(f"{path}: not a checkpoint that can be read ({type(error).__name__})") from error
+        return checkpoint
+
+    def _load_prompt_learner(self, checkpoint: dict[str, Any], path: str) -> None:
+        found = {key: value for key, value in checkpoint["state_dict"].items() if key not in DERIVED}
+        wanted = self.prompt_learner.state_dict()
+        if found.keys() != wanted.keys():
+            raise UserError(
+                f"{path} holds {', '.join(found) or 'nothing'}, {self.cfg.TRAINER.NAME} needs {', '.join(wanted)}: "
+                "it was trained with another trainer or other options"
+            )
+        for key, value in found.items():
+            if value.shape != wanted[key].shape:
+                raise UserError(
+                    f"{path}: {key} is {tuple(value.shape)}, here it must be {tuple(wanted[key].shape)}; "
+                    "it was trained with another backbone, another context or class-specific contexts of other classes"
+                )
+        self.prompt_learner.load_state_dict(found)
+
+    # ------------------------------------------------------------------------------------------------ evaluation
+
+    def text_features(self) -> torch.Tensor:
+        """(C, E) text features of unit length of the classes at hand, with gradients where prompts are learned."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def test(self, split: Optional[str] = None) -> float:
+        """Evaluate, with text features computed once. Returns the accuracy in percent.
+
+        ``self.predictions`` holds the predicted label of every image, by its path relative to the data root.
+        """
+        self.set_model_mode("eval")
+        self.evaluator.reset()
+        split = split or self.cfg.TEST.SPLIT
+        if split != "val" or self.val_loader is None:
+            split = "test"
+        loader = self.val_loader if split == "val" else self.test_loader
+        print(f"Evaluate on the *{split}* set")
+        self.predictions: dict[str, int] = {}
+        with self.autocast:
+            self.prompt_text = self.text_features()
+            for batch in tqdm(loader, disable=not sys.stderr.isatty()):
+                image, label = self.parse_batch_test(batch)
+                scores = self.model_inference(image)
+                self.evaluator.process(scores, label)
+                self.predictions.update(zip(self.relative_paths(batch), scores.argmax(dim=1).tolist()))
+        self.prompt_text = None
+        self.metrics = {key: float(value) for key, value in self.evaluator.evaluate().items()}
+        self.tested_split = split
+        for key, value in self.metrics.items():
+            self.write_scalar(f"{split}/{key}", value, self.epoch)
+        if self.watch is None:  # --eval-only; a training run writes its results when it ends
+            self._write_results(trained=False)
+        return next(iter(self.metrics.values()))
+
+    def relative_paths(self, batch: dict[str, Any]) -> list[str]:
+        """Paths of a batch's images relative to the data root, with forward slashes."""
+        root = os.path.abspath(os.path.expanduser(self.cfg.DATASET.ROOT))
+        return [os.path.relpath(path, root).replace(os.sep, "/") for path in batch["impath"]]
+
+    def _write_results(self, trained: bool) -> None:
+        cfg = self.cfg
+        results = {
+            "metrics": getattr(self, "metrics", {}),
+            "split": getattr(self, "tested_split", None),
+            "images": len(self.predictions) if hasattr(self, "metrics") else 0,
+            "classes": self.num_classes,
+            "run": {
+                "trainer": cfg.TRAINER.NAME,
+                "dataset": cfg.DATASET.NAME,
+                "subsample_classes": cfg.DATASET.get("SUBSAMPLE_CLASSES", "all"),
+                "shots": cfg.DATASET.NUM_SHOTS,
+                "seed": cfg.SEED,
+                "backbone": cfg.MODEL.BACKBONE.NAME,
+                "trained": trained,
+                "epochs": self.epoch + 1 if self.prompt_learner is not None else 0,
+                "model_dir": self.model_dir,
+                "collapsed": self.watch.collapsed if trained else None,
+            },
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+        }
+        print(f"Results saved to {write_results(cfg.OUTPUT_DIR, results)}")
+
+
+class CollapseWatch:
+    """Notices, and says, when training drives the predictions to chance.
+
+    With a weak backbone the min-max loss can be lowered by predicting the same for every class. An epoch whose accuracy
+    on the training images (without selection) has lost more than half of what the best epoch had above chance is called
+    a collapse; the first epoch, of warm-up, shows what the prompts could do before training.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.chance = 100.0 / max(num_classes, 1)
+        self.best = 0.0
+        self.collapsed = False
+        self._sum, self._count = 0.0, 0
+
+    def update(self, accuracy: float, n: int) -> None:
+        """Accuracy of one batch of n images, in percent."""
+        self._sum, self._count = self._sum + accuracy * n, self._count + n
+
+    def epoch_ends(self, epoch: int) -> None:
+        accuracy = self._sum / max(self._count, 1)
+        self._sum, self._count = 0.0, 0
+        self.best = max(self.best, accuracy)
+        gained = self.best - self.chance
+        collapsed = gained > MEANINGFUL and accuracy - self.chance < gained / 2
+        if collapsed and not self.collapsed:
+            print(
+                f"WARNING: training collapses: after epoch {epoch} {accuracy:.1f} % of the training images are recognised, "
+                f"{self.best:.1f} % were before (chance is {self.chance:.1f} %). Lower OPTIM.LR or choose another "
+                "TRAINER.LOGOPROMPT.LOSS; a backbone that cannot read class names does not profit from this method."
+            )
+        self.collapsed = collapsed
+
+
+def _grad_scaler() -> Any:
+    """torch moved it in 2.3."""
+    return torch.amp.GradScaler("cuda") if hasattr(torch.amp, "GradScaler") else torch.cuda.amp.GradScaler()
+
+
+def newest_checkpoint(folder: str) -> str:
+    """Name of the newest checkpoint in ``folder`` as its ``checkpoint`` note says, empty where there is none."""
+    try:
+        with open(os.path.join(folder, "checkpoint"), encoding="utf-8") as file:
+            name = file.readline().strip()
+    except FileNotFoundError:
+        return ""
+    return name if name and os.path.isfile(os.path.join(folder, name)) else ""
