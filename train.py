@@ -11,11 +11,15 @@ A mistake in what was asked for ends in one line on stderr and exit status 2.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Optional
+from typing import Callable, Optional
 
+import fallback  # noqa: F401 (makes `import dassl` work)
+
+# isort: split
 import torch
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
@@ -24,7 +28,6 @@ from dassl.utils import collect_env_info, set_random_seed, setup_logger
 from yacs.config import CfgNode as CN
 
 import datasets  # noqa: F401 (registers the data sets)
-import fallback  # noqa: F401 (must come before dassl)
 import trainers
 from trainers.prompting.errors import UserError
 
@@ -84,18 +87,19 @@ def setup_cfg(args: argparse.Namespace) -> CN:
     return cfg
 
 
-def _merge(cfg: CN, source: str, merge, flag: str = "") -> None:
+def _merge(cfg: CN, source: str, merge: Callable[[], None], flag: str = "") -> None:
     """Run one of yacs's merges and say in one line what is wrong with it, and where."""
     try:
         merge()
     except FileNotFoundError as error:
         raise UserError(f"{source}: no such file ({flag})") from error
-    except KeyError as error:
-        key = str(error.args[0]).rsplit(": ", 1)[-1]
-        hint = get_close_matches(key, _keys(cfg), n=1, cutoff=0.6)
-        raise UserError(f"{source}: unknown key {key}" + (f", perhaps {hint[0]}" if hint else "")) from error
     except Exception as error:  # noqa: BLE001 (yaml and yacs each have errors of their own)
-        raise UserError(f"{source}: {' '.join(str(error).split()) or 'KEY VALUE pairs are needed'}") from error
+        message = " ".join(str(error.args[0] if error.args else error).split())
+        unknown = re.search(r"Non-existent (?:config )?key: (\S+)", message)
+        if unknown:
+            hint = get_close_matches(unknown[1], _keys(cfg), n=1, cutoff=0.6)
+            message = f"unknown key {unknown[1]}" + (f", perhaps {hint[0]}" if hint else "")
+        raise UserError(f"{source}: {message or 'not a mapping of config keys'}") from error
 
 
 def _keys(cfg: CN, prefix: str = "") -> list[str]:

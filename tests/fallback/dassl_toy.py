@@ -93,7 +93,6 @@ def toy_cfg(folder, *options):
     cfg.OPTIM.NAME = "sgd"
     cfg.OPTIM.LR = 0.01
     cfg.OPTIM.LR_SCHEDULER = "cosine"
-    cfg.OPTIM.WARMUP_EPOCH = 2
     cfg.OPTIM.MAX_EPOCH = 5
     cfg.TRAIN.CHECKPOINT_FREQ = 1
     cfg.TRAINER.NAME = "ToyTrainer"

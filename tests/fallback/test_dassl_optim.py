@@ -80,29 +80,6 @@ def test_without_recount_only_the_count_moves_on():
     assert cosine == pytest.approx([0.002 * share / shares[0] for share in shares])
 
 
-@pytest.mark.parametrize("name,stepsize", [("single_step", (2,)), ("multi_step", (2, 4)), ("cosine", (-1,))])
-@pytest.mark.parametrize("kind", ["constant", "linear"])
-@pytest.mark.parametrize("stop", [0, 1, 2, 3, 5, 7])  # before, during, at the end of and after the warm-up
-def test_resumed_schedule_goes_on_as_if_unbroken(name, stepsize, kind, stop):
-    cfg = optim_cfg(LR_SCHEDULER=name, STEPSIZE=stepsize, WARMUP_EPOCH=3, WARMUP_TYPE=kind, MAX_EPOCH=8)
-    unbroken = rates(cfg)
-    optimizer, scheduler = build(cfg)
-    for _ in range(stop):
-        optimizer.step()
-        scheduler.step()
-    saved = optimizer.state_dict(), scheduler.state_dict()
-
-    optimizer, scheduler = build(cfg)
-    optimizer.load_state_dict(saved[0])
-    scheduler.load_state_dict(saved[1])
-    used = []
-    for _ in range(stop, 8):
-        used.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    assert used == unbroken[stop:]
-
-
 def test_schedule_errors():
     with pytest.raises(ValueError):
         build(optim_cfg(LR_SCHEDULER="exponential"))

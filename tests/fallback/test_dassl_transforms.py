@@ -5,7 +5,7 @@ import pytest
 import torch
 import torchvision.transforms as T
 from dassl.config import get_cfg_default
-from dassl.data.transforms import AVAI_CHOICES, INTERPOLATION_MODES, build_transform
+from dassl.data.transforms import INTERPOLATION_MODES, build_transform
 from dassl.data.transforms.transforms import Cutout, GaussianNoise, InstanceNormalization, Random2DTranslation
 from PIL import Image
 from torchvision.transforms.functional import InterpolationMode, pil_to_tensor
@@ -79,7 +79,13 @@ def test_resized_unless_a_crop_does_it(capsys):
     assert cropped.shape == (3, 24, 32) and "resize" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("choice", sorted(set(AVAI_CHOICES) - {"center_crop", "normalize"}))
+CHOICES = [
+    *("random_translation", "random_crop", "random_resized_crop", "random_flip", "colorjitter", "randomgrayscale"),
+    *("gaussian_blur", "cutout", "normalize", "gaussian_noise", "instance_norm"),
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_changes_the_training_image_and_names_itself(choice, capsys):
     build_transform(config())
     plain_text = capsys.readouterr().out

@@ -20,6 +20,7 @@ from dassl.data.datasets import DatasetBase, Datum
 from dassl.data.transforms import build_transform
 from dassl.engine import SimpleTrainer
 from dassl.evaluation import build_evaluator
+from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import Logger, load_checkpoint, mkdir_if_missing, read_image, save_checkpoint, setup_logger, write_json
 from dassl_toy import ToyTrainer, read_split, toy_cfg
@@ -135,7 +136,7 @@ def test_unreadable_checkpoint_is_named_in_one_line(tmp_path, damage):
 
 @pytest.mark.parametrize("schedule,steps", [("cosine", (-1,)), ("multi_step", (2, 3)), ("single_step", (2,))])
 def test_trainer_checkpoints_are_plain(tmp_path, schedule, steps):
-    cfg = toy_cfg(tmp_path, "OPTIM.LR_SCHEDULER", schedule, "OPTIM.STEPSIZE", steps, "OPTIM.NAME", "adamw")
+    cfg = toy_cfg(tmp_path, "OPTIM.LR_SCHEDULER", schedule, "OPTIM.STEPSIZE", steps, "OPTIM.WARMUP_EPOCH", 2)
     ToyTrainer(cfg).train()
     checkpoint = torch.load(tmp_path / "out" / "linear" / "model.pth.tar-5", weights_only=True)
     assert checkpoint["scheduler"]["last_epoch"] == 5
@@ -202,6 +203,57 @@ def test_weights_without_a_result_can_be_loaded(tmp_path, capsys):
     assert "(epoch=1, val_result=None)\n" in capsys.readouterr().out
 
 
+def schedule(**values):
+    """An optimiser and its schedule as the values describe them."""
+    cfg = get_cfg_default().OPTIM
+    for key, value in values.items():
+        setattr(cfg, key, value)
+    optimizer = build_optimizer(nn.Linear(2, 2), cfg)
+    return optimizer, build_lr_scheduler(optimizer, cfg)
+
+
+def rates(optimizer, scheduler, epochs):
+    """The learning rates of the next epochs."""
+    used = []
+    for _ in range(epochs):
+        used.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return used
+
+
+@pytest.mark.parametrize("name,stepsize", [("single_step", (2,)), ("multi_step", (2, 4)), ("cosine", (-1,))])
+@pytest.mark.parametrize("kind", ["constant", "linear"])
+@pytest.mark.parametrize("stop", [0, 1, 2, 3, 5, 7])  # before, during, at the end of and after the warm-up
+def test_resumed_schedule_goes_on_as_if_unbroken(name, stepsize, kind, stop):
+    settings = {"LR_SCHEDULER": name, "STEPSIZE": stepsize, "WARMUP_EPOCH": 3, "WARMUP_TYPE": kind, "MAX_EPOCH": 8}
+    unbroken = rates(*schedule(**settings), 8)
+    first = schedule(**settings)
+    assert rates(*first, stop) == unbroken[:stop]
+    second = schedule(**settings)
+    for old, new in zip(first, second):
+        new.load_state_dict(old.state_dict())
+    assert rates(*second, 8 - stop) == unbroken[stop:]
+
+
+@pytest.mark.parametrize("dies_at", [1, 2, 4])  # in the warm-up, at its end, after it
+def test_resumed_run_with_a_warmup_equals_an_unbroken_one(tmp_path, dies_at):
+    class Killed(ToyTrainer):
+        def before_epoch(self):
+            if self.epoch == dies_at:
+                raise KeyboardInterrupt
+
+    settings = ("OPTIM.WARMUP_EPOCH", 2)
+    unbroken = ToyTrainer(toy_cfg(tmp_path, *settings, "OUTPUT_DIR", str(tmp_path / "unbroken")))
+    unbroken.train()
+    killed, resumed = Killed(toy_cfg(tmp_path, *settings)), ToyTrainer(toy_cfg(tmp_path, *settings))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed.train()
+    assert killed.lrs + resumed.lrs == unbroken.lrs
+    assert torch.equal(resumed.model.weight, unbroken.model.weight)
+
+
 # Images
 
 
@@ -251,7 +303,8 @@ def test_decompression_bomb(tmp_path, monkeypatch):
 
 
 def test_unreadable_images_in_a_worker(tmp_path):
-    bad = [bad_images(tmp_path)[kind] for kind in ("missing", "cut", "text")]
+    made = bad_images(tmp_path)
+    bad = [made[kind] for kind in ("missing", "cut", "text")]
     data = [Datum(str(path)) for path, _, _ in bad] + [Datum(str(tmp_path / "whole.jpg"))]
     batches = iter(DataLoader(DatasetWrapper(get_cfg_default(), data, transform=np.asarray), num_workers=1))
     for path, error, message in bad:
@@ -259,7 +312,7 @@ def test_unreadable_images_in_a_worker(tmp_path):
             next(batches)
         assert type(caught.value) is error
         assert message.format(path) in str(caught.value).splitlines()[-1]
-    assert next(batches)["img"].shape == (1, 64, 64, 3)
+    assert [batch["img"].shape for batch in batches] == [(1, 64, 64, 3)]
 
 
 def test_image_is_decoded_and_its_file_closed(tmp_path):
@@ -280,7 +333,7 @@ def test_datum_does_not_look_for_its_file(monkeypatch):
         Datum(b"/nowhere/x.jpg")
 
 
-# Loaders and transforms
+# Loaders, transforms, models
 
 
 def test_empty_splits_are_named(tmp_path):
@@ -311,10 +364,26 @@ def test_workers_live_on_between_epochs(tmp_path):
     assert not DataManager(toy_cfg(tmp_path)).train_loader_x.persistent_workers
 
 
+def test_order_of_images_does_not_depend_on_workers(tmp_path):
+    orders = []
+    for workers in (0, 1):
+        cfg = toy_cfg(tmp_path, "DATALOADER.TRAIN_X.SAMPLER", "RandomSampler", "DATALOADER.NUM_WORKERS", workers)
+        manager = DataManager(cfg)
+        torch.manual_seed(0)
+        orders.append([[batch["index"].tolist() for batch in manager.train_loader_x] for _ in range(3)])
+    assert orders[0] == orders[1] and orders[0][0] != orders[0][1]
+
+
 @pytest.mark.parametrize("name", ["randaugment", "randaugment_fixmatch", "randaugment2", "svhn_policy"])
 def test_transforms_that_only_dassl_has(name):
     with pytest.raises(ValueError, match=rf"^the fallback .* {name}; install Dassl\.pytorch"):
         build_transform(get_cfg_default(), choices=[name])
+
+
+def test_compute_accuracy_of_several_k():
+    scores = torch.tensor([[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
+    accuracies = compute_accuracy(scores, torch.tensor([1, 0]), topk=(1, 2, 4))
+    assert [a.item() for a in accuracies] == [0.0, 50.0, 100.0]
 
 
 def test_trainer_without_a_model(tmp_path):

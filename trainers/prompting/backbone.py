@@ -1,7 +1,7 @@
 """One door to CLIP weights.
 
 ``load_clip(name)`` takes an OpenAI name (``RN50``, ``ViT-B/16``, …), a path to an OpenAI JIT archive, a path to a state
-dict in OpenAI's layout (``.pt``, ``.pth``, ``.bin``, ``.safetensors``; taken as trained with QuickGELU, as OpenAI's are)
+dict in OpenAI's layout (``.pt``, ``.pth``, ``.bin``, ``.safetensors``; read as trained with QuickGELU, like OpenAI's)
 or ``arch/pretrained-tag`` of open_clip, and returns a :class:`Backbone`. The model classes come from the installed
 ``clip`` package (OpenAI's, or the one bundled with CoOp) when it can be imported, otherwise from ``open_clip``; the
 features are the same.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 import zipfile
 from types import ModuleType
 from typing import Optional, Protocol
@@ -214,7 +215,9 @@ def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
 
             state_dict = load_file(path)
         elif _is_jit_archive(path):
-            state_dict = torch.jit.load(path, map_location="cpu").state_dict()
+            with warnings.catch_warnings():  # deprecated as a way to deploy; OpenAI's files stay what they are
+                warnings.simplefilter("ignore", FutureWarning)
+                state_dict = torch.jit.load(path, map_location="cpu").state_dict()
         else:
             state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 (zip, pickle, safetensors and torch each have errors of their own)

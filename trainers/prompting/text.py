@@ -82,18 +82,25 @@ class TextEncoder(nn.Module):
         x = prompts + clip.positional_embedding[: prompts.shape[1]].to(prompts.dtype)
         for block in clip.blocks:
             x = self._block(block, x)
-        x = clip.ln_final(x[torch.arange(len(x), device=x.device), eot])
+        x = _norm(clip.ln_final, x[torch.arange(len(x), device=x.device), eot])
         return F.normalize(x.to(clip.dtype) @ clip.text_projection, dim=-1)
 
     def _block(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """One residual attention block under the causal mask, with the weights of either package's block."""
         n, length, width = x.shape
         heads = self.backbone.n_head
-        qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
+        qkv = F.linear(_norm(block.ln_1, x), block.attn.in_proj_weight, block.attn.in_proj_bias)
         q, k, v = qkv.view(n, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n, length, width)
         x = x + _scaled(block, "ls_1", block.attn.out_proj(attended))
-        return x + _scaled(block, "ls_2", block.mlp(block.ln_2(x)))
+        return x + _scaled(block, "ls_2", block.mlp(_norm(block.ln_2, x)))
+
+
+def _norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    """Layer norm in float32 at least; the packages' own subclasses differ in what they cast, and refuse float64."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)
+    return F.layer_norm(x.to(dtype), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
 
 
 def _scaled(block: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:

@@ -323,7 +323,7 @@ class CollapseWatch:
         collapsed = gained > MEANINGFUL and accuracy - self.chance < gained / 2
         if collapsed and not self.collapsed:
             print(
-                f"WARNING: training collapses: after epoch {epoch} {accuracy:.1f} % of the training images are recognised, "
+                f"WARNING: training collapses: {accuracy:.1f} % of training images are recognised in epoch {epoch}, "
                 f"{self.best:.1f} % were before (chance is {self.chance:.1f} %). Lower OPTIM.LR or choose another "
                 "TRAINER.LOGOPROMPT.LOSS; a backbone that cannot read class names does not profit from this method."
             )

@@ -17,6 +17,22 @@ from .transforms import INTERPOLATION_MODES, build_transform
 __all__ = ["DataManager", "DatasetWrapper", "build_data_loader"]
 
 
+class _SteadyLoader(DataLoader):
+    """A loader whose image order, for a fixed seed, does not depend on whether its workers live on.
+
+    Every new iterator draws a seed for its workers from torch's global generator. An iterator that is used again, with
+    its workers, does not, so that from the second epoch on the random sampler would find the generator elsewhere.
+    """
+
+    _used = False
+
+    def __iter__(self) -> Any:
+        if self._used and self.persistent_workers:
+            torch.empty((), dtype=torch.int64).random_(generator=self.generator)
+        self._used = True
+        return super().__iter__()
+
+
 def build_data_loader(
     cfg: Any,
     sampler_type: str = "SequentialSampler",
@@ -45,11 +61,11 @@ def build_data_loader(
     size = len(data_source) if data_source is not None else 0
     if size == 0:
         raise ValueError(f"the {split} split has no images")
-    dataset = dataset_wrapper or DatasetWrapper
+    wrapper = dataset_wrapper or DatasetWrapper
     sampler = build_sampler(sampler_type, cfg, data_source, batch_size, n_domain, n_ins)
     num_workers = cfg.DATALOADER.NUM_WORKERS
-    loader = DataLoader(
-        dataset(cfg, data_source, transform=tfm, is_train=is_train),
+    loader = _SteadyLoader(
+        wrapper(cfg, data_source, transform=tfm, is_train=is_train),
         batch_size=batch_size,
         sampler=sampler,
         num_workers=num_workers,

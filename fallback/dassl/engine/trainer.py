@@ -321,11 +321,10 @@ class SimpleTrainer(TrainerBase):
         """Evaluate the final model, tell the time taken, close the TensorBoard writer."""
         print("Finish training")
         if not self.cfg.TEST.NO_TEST:
-            if self.cfg.TEST.FINAL_MODEL == "best_val":
-                print("Deploy the model with the best val performance")
+            best = self.cfg.TEST.FINAL_MODEL == "best_val"
+            print(f"Deploy the {'model with the best val performance' if best else 'last-epoch model'}")
+            if best:
                 self.load_model(self.output_dir)
-            else:
-                print("Deploy the last-epoch model")
             self.test()
         print(f"Elapsed: {timedelta(seconds=round(time.time() - self.time_start))}")
         self.close_writer()

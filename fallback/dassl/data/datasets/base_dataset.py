@@ -22,10 +22,8 @@ class Datum:
     def __init__(self, impath: str = "", label: int = 0, domain: int = 0, classname: str = "") -> None:
         if not isinstance(impath, str):
             raise TypeError(f"impath must be a str, not {type(impath).__name__}")
-        self._impath = impath
-        self._label = label
-        self._domain = domain
-        self._classname = classname
+        self._impath, self._classname = impath, classname
+        self._label, self._domain = label, domain
 
     @property
     def impath(self) -> str:

@@ -112,18 +112,18 @@ def build_transform(cfg: Any, is_train: bool = True, choices: Sequence[str] | No
     Raises:
         ValueError: an unknown name, or one that only Dassl.pytorch has.
     """
-    if cfg.INPUT.NO_TRANSFORM:
+    node = cfg.INPUT
+    if node.NO_TRANSFORM:
         print("Note: no transform is applied!")
         return None
-    if choices is None:
-        choices = cfg.INPUT.TRANSFORMS
+    choices = node.TRANSFORMS if choices is None else choices
     for choice in choices:
         if choice in _ONLY_IN_DASSL:
             raise ValueError(f"the fallback for Dassl has no transform {choice}; install Dassl.pytorch to use it")
         check_availability(choice, AVAI_CHOICES)
 
     print(f"Building transform_{'train' if is_train else 'test'}")
-    steps = (_train_steps if is_train else _test_steps)(cfg.INPUT, choices) + _final_steps(cfg.INPUT, is_train)
+    steps = (_train_steps if is_train else _test_steps)(node, choices) + _final_steps(node, is_train)
     chosen = []
     for name, message, build in steps:
         if name is None or name in choices:

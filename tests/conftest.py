@@ -1,0 +1,64 @@
+"""Paths and fixtures that all tests share."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from tiny import ARCHITECTURES, caltech_tree, clip_state_dict  # noqa: E402
+
+import fallback  # noqa: E402, F401 (before any test imports dassl)
+
+GOLDEN = Path(os.environ.get("LOGO_REFERENCE", ROOT.parent / "shared" / "golden"))
+REAL_DATA = ROOT.parent / "shared" / "data"
+
+
+def pytest_report_header(config):
+    import dassl
+
+    return f"dassl: {dassl.__file__} (version {getattr(dassl, '__version__', '?')})"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Folder of the reference values (LOGO_REFERENCE, default ../shared/golden)."""
+    if not GOLDEN.is_dir():
+        pytest.skip(f"no reference values at {GOLDEN} (set LOGO_REFERENCE)")
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """Folder with the real Caltech101 and a small real backbone."""
+    if not (REAL_DATA / "caltech-101").is_dir():
+        pytest.skip(f"no real Caltech101 at {REAL_DATA}")
+    return REAL_DATA
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def clip_file(request, tmp_path_factory):
+    """Path of a small random CLIP in OpenAI's layout, as a ViT and as a ResNet."""
+    path = tmp_path_factory.mktemp("clip") / f"{request.param}.pt"
+    torch.save(clip_state_dict(request.param), path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def rn_file(tmp_path_factory):
+    """Path of the small random ResNet CLIP (it has BatchNorm)."""
+    path = tmp_path_factory.mktemp("clip") / "rn.pt"
+    torch.save(clip_state_dict("rn"), path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory):
+    """A data root with a miniature Caltech101: 8 classes in CoOp's layout."""
+    root = tmp_path_factory.mktemp("data")
+    caltech_tree(root)
+    return root

@@ -1,0 +1,167 @@
+"""prompting/text.py against the encoder of the package that built the model, with all 77 tokens."""
+
+import pytest
+import torch
+from tiny import NAMES
+
+from trainers.prompting.backbone import import_provider, load_clip
+from trainers.prompting.errors import UserError
+from trainers.prompting.text import POSITIONS, PromptLearner, TextEncoder, embed_tokens, encode_texts, encode_tokens
+
+
+@pytest.fixture(scope="module")
+def backbone(clip_file):
+    return load_clip(clip_file).double()
+
+
+def naive_norm(norm, x):
+    centred = x - x.mean(dim=-1, keepdim=True)
+    return centred / ((centred**2).mean(dim=-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def naive_encode(backbone, prompts, eot):
+    """CLIP's text encoder on full-length prompts, one prompt, head and position at a time."""
+    features = []
+    for prompt, last in zip(prompts, eot):
+        x = prompt + backbone.positional_embedding[: len(prompt)]
+        for block in backbone.blocks:
+            h = naive_norm(block.ln_1, x)
+            q, k, v = (h @ block.attn.in_proj_weight.T + block.attn.in_proj_bias).chunk(3, dim=-1)
+            heads = []
+            for qh, kh, vh in zip(*(t.chunk(backbone.n_head, dim=-1) for t in (q, k, v))):
+                rows = []
+                for i in range(len(x)):
+                    weights = torch.softmax(qh[i] @ kh[: i + 1].T / qh.shape[-1] ** 0.5, dim=-1)
+                    rows.append(weights @ vh[: i + 1])
+                heads.append(torch.stack(rows))
+            x = x + block.attn.out_proj(torch.cat(heads, dim=-1))
+            x = x + block.mlp(naive_norm(block.ln_2, x))
+        y = naive_norm(backbone.ln_final, x[last]) @ backbone.text_projection
+        features.append(y / y.norm())
+    return torch.stack(features)
+
+
+def naive_prompt(backbone, ctx, name, position):
+    """[SOS] + context and name in the order wanted + "." + [EOT] + padding to 77 tokens."""
+    embed = backbone.token_embedding
+    encode = backbone.tokenizer.encode
+    name_ids = encode(name.replace("_", " "))
+    rest = [*encode(name.replace("_", " ") + "."), backbone.eot_token][len(name_ids) :]
+    words, tail = embed(torch.tensor(name_ids)), embed(torch.tensor(rest))
+    half = len(ctx) // 2
+    middle = {
+        "end": [ctx, words],
+        "middle": [ctx[:half], words, ctx[half:]],
+        "front": [words, ctx],
+    }[position]
+    prompt = torch.cat([embed(torch.tensor([backbone.sot_token])), *middle, tail])
+    padding = embed(torch.zeros(77 - len(prompt), dtype=torch.long))
+    return torch.cat([prompt, padding]), len(prompt) - 1
+
+
+def test_text_features_equal_the_package_s_own(clip_file):
+    """encode_text of clip or open_clip, padded to 77 tokens, and ours, cut after the longest prompt."""
+    package = import_provider()
+    backbone = load_clip(clip_file)
+    texts = ["a photo of a face.", "cup", "a photo of a 2012 Tesla Model S, a type of car, seen from far away."]
+    ours = encode_texts(backbone, texts)
+    state = torch.load(clip_file, weights_only=True)
+    if package.__name__ == "open_clip":
+        from open_clip.model import build_model_from_openai_state_dict as build
+        from open_clip.tokenizer import tokenize
+    else:
+        from clip import tokenize
+        from clip.model import build_model as build
+    model = build(dict(state)).float()
+    model.load_state_dict(state)
+    with torch.no_grad():
+        theirs = model.encode_text(tokenize(texts))
+    torch.testing.assert_close(ours, theirs / theirs.norm(dim=-1, keepdim=True), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("csc", [False, True])
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("n_ctx", [1, 4, 5])
+def test_learned_prompts_equal_the_loop(backbone, n_ctx, position, csc):
+    torch.manual_seed(n_ctx)
+    learner = PromptLearner(backbone, NAMES, n_ctx, csc=csc, class_token_position=position)
+    learner.ctx.data = torch.randn_like(learner.ctx) * 0.3
+    prompts, eot = learner()
+    assert prompts.shape[1] == int(eot.max()) + 1  # nothing behind the longest prompt
+    features = TextEncoder(backbone)(prompts, eot)
+    for i, name in enumerate(NAMES):
+        ctx = learner.ctx[i] if csc else learner.ctx
+        prompt, last = naive_prompt(backbone, ctx, name, position)
+        assert last == eot[i]
+        torch.testing.assert_close(prompts[i, : last + 1], prompt[: last + 1])
+        expected = naive_encode(backbone, [prompt], [last])[0]
+        torch.testing.assert_close(features[i], expected, atol=1e-10, rtol=1e-8)
+
+
+def test_gradients_equal_those_of_77_tokens(backbone):
+    torch.manual_seed(0)
+    weights = torch.randn(len(NAMES), backbone.text_projection.shape[1], dtype=torch.float64)
+    learner = PromptLearner(backbone, NAMES, 4)
+    (TextEncoder(backbone)(*learner()) * weights).sum().backward()
+    fast = learner.ctx.grad.clone()
+    learner.ctx.grad = None
+    full = [naive_prompt(backbone, learner.ctx, name, "end") for name in NAMES]
+    (naive_encode(backbone, *zip(*full)) * weights).sum().backward()
+    torch.testing.assert_close(fast, learner.ctx.grad, atol=1e-10, rtol=1e-8)
+    assert fast.abs().max() > 0
+
+
+def test_what_stands_behind_the_end_of_text_has_no_influence_and_is_not_encoded(backbone):
+    learner = PromptLearner(backbone, ["cup", "face"], 4)
+    prompts, eot = learner()
+    longer = torch.cat([prompts, torch.randn(2, 20, prompts.shape[2], dtype=prompts.dtype)], dim=1)
+    lengths = []
+    hook = backbone.blocks[0].mlp.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
+    torch.testing.assert_close(TextEncoder(backbone)(longer, eot), TextEncoder(backbone)(prompts, eot))
+    hook.remove()
+    assert lengths == [int(eot.max()) + 1] * 2
+
+
+def test_context_starts_from_words(backbone):
+    learner = PromptLearner(backbone, NAMES, n_ctx=16, ctx_init="a_photo_of_a")
+    ids = backbone.tokenizer.encode("a photo of a")
+    assert learner.n_ctx == 4
+    assert torch.equal(learner.ctx, backbone.token_embedding(torch.tensor(ids)))
+    hand_made = encode_texts(backbone, [f"a photo of a {name.replace('_', ' ')}." for name in NAMES])
+    torch.testing.assert_close(TextEncoder(backbone)(*learner()), hand_made)
+    assert PromptLearner(backbone, NAMES, ctx_init="a photo of a", csc=True).ctx.shape[:2] == (len(NAMES), 4)
+
+
+def test_only_the_context_is_learned_and_stored(backbone):
+    learner = PromptLearner(backbone, NAMES, 16)
+    assert [name for name, _ in learner.named_parameters()] == ["ctx"]
+    assert list(learner.state_dict()) == ["ctx"]
+    assert 0.015 < learner.ctx.std() < 0.025  # CoOp's N(0, 0.02²)
+
+
+def test_tokens_are_those_of_clip(backbone):
+    (ids,) = encode_tokens(backbone, ["a photo of a cat."])
+    assert ids == [320, 1125, 539, 320, 2368, 269, 49407]
+    embeddings, last = embed_tokens(backbone, [ids, [5, 49407]])
+    assert last.tolist() == [7, 2] and embeddings.shape[:2] == (2, 8)
+    assert torch.equal(embeddings[0, 0], backbone.token_embedding.weight[49406])
+    assert torch.equal(embeddings[1, 3], backbone.token_embedding.weight[0])
+
+
+def test_names_that_end_in_punctuation_or_repeat(backbone):
+    names = ["St. Bernard Jr.", "missile", "missile", "what?"]
+    for position in POSITIONS:
+        learner = PromptLearner(backbone, names, 4, class_token_position=position)
+        features = TextEncoder(backbone)(*learner())
+        torch.testing.assert_close(features[1], features[2])
+        assert torch.isfinite(features).all()
+
+
+def test_prompts_that_are_too_long_and_unknown_positions_are_errors(backbone):
+    with pytest.raises(UserError, match="tokens"):
+        PromptLearner(backbone, ["word " * 80], 4)
+    with pytest.raises(UserError, match="tokens"):
+        PromptLearner(backbone, ["cup"], n_ctx=75)
+    PromptLearner(backbone, ["cup"], n_ctx=73)  # 73 + [SOS] cup . [EOT] fit exactly
+    with pytest.raises(UserError, match="end, middle, front"):
+        PromptLearner(backbone, ["cup"], 4, class_token_position="left")

@@ -1,0 +1,228 @@
+"""The trainers through ``train.py``: what is trained, stored and reported, and that runs repeat exactly."""
+
+import json
+
+import pytest
+import torch
+from tiny import NAMES, arguments
+
+import train
+from trainers.prompting.trainer import CollapseWatch
+
+TRAINED = ["CoOp", "LoGoPrompt"]
+EVERY = ["ZeroshotCLIP", *TRAINED]
+BASE = NAMES[:4]
+
+
+@pytest.fixture
+def run(data_root, rn_file, tmp_path, monkeypatch):
+    """Run ``train.py`` in this process; returns its results, and keeps the trainer as ``run.trainer``."""
+
+    def call(trainer, *opts, flags=(), out="run", seed=1, status=0):
+        built = []
+        monkeypatch.setattr(train, "build_trainer", lambda cfg: built.append(original(cfg)) or built[0])
+        arguments_ = arguments(trainer, data_root, rn_file, tmp_path / out, *opts, flags=flags, seed=seed)
+        assert train.main(arguments_) == status
+        call.trainer = built[0]
+        return json.loads((tmp_path / out / "results.json").read_text())
+
+    original = train.build_trainer
+    call.folder = tmp_path
+    return call
+
+
+@pytest.fixture(autouse=True)
+def keep_stdout(monkeypatch):
+    """``setup_logger`` replaces sys.stdout for the rest of the process; a test must not leak that."""
+    import sys
+
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+
+
+@pytest.mark.parametrize("trainer", TRAINED)
+def test_a_run_writes_what_is_promised(run, trainer):
+    results = run(trainer)
+    folder = run.folder / "run"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "log.txt",
+        "prompt_learner",
+        "results.json",
+        "tensorboard",
+    ]
+    assert (folder / "prompt_learner" / "model.pth.tar-2").is_file()
+    assert any((folder / "tensorboard").iterdir())
+    log = (folder / "log.txt").read_text()
+    for line in ("Finish training", "=> result", "* accuracy: ", "epoch [2/2] batch [2/2]"):
+        assert line in log
+    assert results["images"] == 16 and results["classes"] == 4
+    assert results["run"]["trained"] and results["run"]["epochs"] == 2 and results["run"]["seed"] == 1
+    accuracy = sum(run.trainer.predictions[p] == NAMES.index(p.split("/")[2]) for p in run.trainer.predictions) / len(
+        run.trainer.predictions
+    )
+    assert results["metrics"]["accuracy"] == pytest.approx(100 * accuracy)
+
+
+@pytest.mark.parametrize("trainer", TRAINED)
+def test_only_the_prompt_learner_is_registered_trained_and_stored(run, trainer):
+    run(trainer)
+    built = run.trainer
+    assert built.get_model_names() == ["prompt_learner"]
+    optimised = [p for group in built.optim.param_groups for p in group["params"]]
+    assert [id(p) for p in optimised] == [id(built.model.prompt_learner.ctx)]
+    path = run.folder / "run" / "prompt_learner" / "model.pth.tar-2"
+    checkpoint = torch.load(path, weights_only=True)
+    assert list(checkpoint["state_dict"]) == ["ctx"]
+    assert checkpoint["classnames"] == BASE and checkpoint["epoch"] == 2
+    assert path.stat().st_size < 20_000
+
+
+@pytest.mark.parametrize("trainer", TRAINED)
+def test_clip_is_untouched_by_training(run, trainer, rn_file):
+    from trainers.prompting.backbone import load_clip
+
+    run(trainer)
+    before, after = load_clip(rn_file).state_dict(), run.trainer.model.backbone.state_dict()
+    assert any("running_mean" in key for key in before)
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert not any(m.training for m in run.trainer.model.backbone.modules())
+
+
+@pytest.mark.parametrize("trainer", EVERY)
+def test_same_seed_same_results(run, trainer):
+    flags = ["--eval-only"] if trainer == "ZeroshotCLIP" else []
+    first, second = run(trainer, out="a", flags=flags), run(trainer, out="b", flags=flags)
+    assert first == second
+    if trainer != "ZeroshotCLIP":
+        states = [
+            torch.load(run.folder / out / "prompt_learner" / "model.pth.tar-2", weights_only=True)["state_dict"]["ctx"]
+            for out in "ab"
+        ]
+        assert torch.equal(*states)
+        run(trainer, out="c", seed=2)
+        other = torch.load(run.folder / "c" / "prompt_learner" / "model.pth.tar-2", weights_only=True)
+        assert not torch.equal(other["state_dict"]["ctx"], states[0])
+
+
+@pytest.mark.parametrize("trainer", EVERY)
+def test_predictions_do_not_depend_on_batches_order_or_workers(run, trainer):
+    flags = ["--eval-only"]
+    if trainer != "ZeroshotCLIP":
+        run(trainer, out="model")
+        flags += ["--model-dir", run.folder / "model"]
+    outcomes = []
+    for i, (batch, workers, sampler) in enumerate(
+        [
+            (1, 0, "SequentialSampler"),
+            (7, 2, "SequentialSampler"),
+            (100, 0, "RandomSampler"),
+            (7, 2, "RandomSampler"),
+        ]
+    ):
+        results = run(
+            trainer,
+            *("DATALOADER.TEST.BATCH_SIZE", batch, "DATALOADER.NUM_WORKERS", workers),
+            *("DATALOADER.TEST.SAMPLER", sampler, "DATASET.SUBSAMPLE_CLASSES", "all"),
+            flags=flags,
+            out=f"eval{i}",
+            seed=1 + i,
+        )
+        assert len(run.trainer.predictions) == 4 * len(NAMES)
+        outcomes.append((dict(sorted(run.trainer.predictions.items())), results["metrics"]["accuracy"]))
+    assert all(outcome == outcomes[0] for outcome in outcomes[1:])
+
+
+@pytest.mark.parametrize("trainer", TRAINED)
+def test_evaluation_of_a_checkpoint_repeats_the_training_run_s_own(run, trainer):
+    trained = run(trainer, out="a")
+    tested = run(trainer, out="b", flags=["--eval-only", "--model-dir", run.folder / "a"])
+    assert tested["metrics"] == trained["metrics"]
+    assert tested["run"]["model_dir"] == str(run.folder / "a") and tested["run"]["epochs"] == 2
+
+
+@pytest.mark.parametrize("trainer", TRAINED)
+def test_a_base_model_serves_new_and_all_classes(run, trainer):
+    run(trainer, out="a")
+    flags = ["--eval-only", "--model-dir", run.folder / "a"]
+    for subset, classes in (("new", 4), ("all", 8)):
+        results = run(trainer, "DATASET.SUBSAMPLE_CLASSES", subset, flags=flags, out=subset)
+        assert results["classes"] == classes and results["images"] == 4 * classes
+
+
+@pytest.mark.parametrize("trainer", TRAINED)
+def test_an_interrupted_run_goes_on_where_it_was(run, trainer, monkeypatch):
+    options = ("TRAIN.CHECKPOINT_FREQ", 1, "OPTIM.MAX_EPOCH", 4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.TRAINER_REGISTRY.get(trainer), "before_epoch", _stop_at_epoch(2))
+        run(trainer, *options)
+    assert not (run.folder / "run" / "results.json").exists()
+    checkpoint = torch.load(run.folder / "run" / "prompt_learner" / "model.pth.tar-2", weights_only=True)
+    seen = []
+    monkeypatch.setattr(
+        train.TRAINER_REGISTRY.get(trainer),
+        "before_epoch",
+        lambda self: seen.append((self.epoch, self.get_current_lr(), self.model.prompt_learner.ctx.detach().clone())),
+    )
+    results = run(trainer, *options)
+    assert [epoch for epoch, _, _ in seen] == [2, 3]
+    assert torch.equal(seen[0][2], checkpoint["state_dict"]["ctx"])
+    assert [lr for _, lr, _ in seen] == pytest.approx([0.002 * (1 + 0.5**0.5) / 2, 0.001])  # cosine over 4 epochs
+    assert results["run"]["epochs"] == 4
+
+
+def _stop_at_epoch(epoch):
+    def before_epoch(self):
+        if self.epoch == epoch:
+            raise KeyboardInterrupt
+
+    return before_epoch
+
+
+def test_best_val_deploys_the_best_epoch(run):
+    run("CoOp", "TEST.FINAL_MODEL", "best_val", "OPTIM.MAX_EPOCH", 3)
+    folder = run.folder / "run" / "prompt_learner"
+    best = torch.load(folder / "model-best.pth.tar", weights_only=True)
+    assert torch.equal(run.trainer.model.prompt_learner.ctx, best["state_dict"]["ctx"])
+    assert (folder / "checkpoint").read_text().strip() == "model.pth.tar-3"
+
+
+def test_evaluation_on_the_validation_split(run):
+    results = run("LoGoPrompt", "TEST.SPLIT", "val")
+    assert results["split"] == "val" and results["images"] == 8
+
+
+def test_text_features_are_computed_once_per_evaluation(run):
+    run("LoGoPrompt", out="a")
+    calls = []
+    model = run.trainer.model
+    model.text_encoder.register_forward_hook(lambda *args: calls.append(1))
+    run.trainer.cfg.defrost()
+    run.trainer.test()
+    assert len(run.trainer.test_loader) >= 1 and len(calls) == 1
+
+
+def test_half_precision_on_the_cpu_is_float32_and_said(run):
+    run("LoGoPrompt", "TRAINER.LOGOPROMPT.PREC", "fp16")
+    assert run.trainer.model.backbone.dtype == torch.float32
+    log = (run.folder / "run" / "log.txt").read_text()
+    assert log.count("computing in float32 on the CPU") == 1
+
+
+def test_collapse_is_said_once(capsys):
+    watch = CollapseWatch(num_classes=50)
+    for epoch, accuracy in enumerate([45.0, 48.0, 40.0, 3.0, 2.0], 1):
+        watch.update(accuracy, 20)
+        watch.update(accuracy, 12)
+        watch.epoch_ends(epoch)
+        assert watch.collapsed == (epoch >= 4)
+    said = capsys.readouterr().out
+    assert said.count("WARNING") == 1 and "epoch 4" in said and "48.0" in said and "3.0" in said
+
+
+def test_learning_is_no_collapse_and_chance_is_no_collapse(capsys):
+    for accuracies in ([10, 30, 60, 90], [2.0, 1.0, 2.5, 0.5], [90, 60, 55]):
+        watch = CollapseWatch(num_classes=50)
+        for epoch, accuracy in enumerate(accuracies):
+            watch.update(accuracy, 32)
+            watch.epoch_ends(epoch)
+        assert not watch.collapsed
+    assert capsys.readouterr().out == ""
