@@ -1,0 +1,94 @@
+"""Draw a contact sheet of visual prompts and class-conditional images, before any training.
+
+    python tools/preview.py --out sheet.jpg --root DATA --dataset-config-file configs/datasets/caltech101.yaml
+    python tools/preview.py --out sheet.png --classnames "tabby cat" "fire truck"
+
+With a data set, a row per test image: the original, then the image with the block of its own class and those of other
+classes. With class names alone, their blocks. Blocks, colours and places are those of LoGoPrompt at test time; further
+flags and KEY VALUE pairs are those of ``train.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train  # isort: skip (needs the line above; makes `import dassl` work)
+import torch
+from dassl.data.datasets import build_dataset
+from dassl.data.transforms import build_transform
+from dassl.utils import read_image
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from datasets.splits import data_root
+from trainers.prompting.errors import UserError
+from trainers.prompting.synthetic import block_size, fixed_places, paste, render_blocks
+
+GAP = 4  # pixels between pictures
+CONFIG = Path(train.__file__).parent / "configs" / "trainers" / "LoGoPrompt" / "vit_b16_ctxv1.yaml"
+
+
+def draw_blocks(cfg: Any, classnames: Sequence[str]) -> torch.Tensor:
+    """The visual prompts V_c as the config asks for them: (C, 3, h, w), RGB in [0, 1]."""
+    method = cfg.TRAINER.LOGOPROMPT
+    block = block_size(cfg.INPUT.SIZE[0], method.BLOCK_HEIGHT, method.BLOCK_WIDTH)
+    return render_blocks(classnames, *block, method.VISUAL_SEED, method.MIN_CONTRAST, method.FONT)
+
+
+def contact_sheet(cfg: Any, n_images: int, n_others: int, seed: int) -> torch.Tensor:
+    """A row per image of the test set, images of different classes first: (3, height, width), RGB in [0, 1]."""
+    dataset = build_dataset(cfg)
+    draw = random.Random(seed)
+    by_class = {item.label: item for item in draw.sample(dataset.test, len(dataset.test))}
+    items = draw.sample(list(by_class.values()), min(n_images, len(by_class)))
+    transform = build_transform(cfg, is_train=False, choices=())
+    images = torch.stack([transform(read_image(item.impath)) for item in items])
+
+    blocks = draw_blocks(cfg, dataset.classnames)
+    size, method = cfg.INPUT.SIZE[0], cfg.TRAINER.LOGOPROMPT
+    paths = [os.path.relpath(item.impath, data_root(cfg)).replace(os.sep, "/") for item in items]
+    places = fixed_places(paths, method.VISUAL_SEED, size, tuple(blocks.shape[-2:]), method.LOCATION)
+    cells = []
+    for image, place, item in zip(images, places, items):
+        others = draw.sample([c for c in range(len(blocks)) if c != item.label], min(n_others, len(blocks) - 1))
+        classes = [item.label, *others]
+        conditional = paste(image.expand(len(classes), -1, -1, -1), blocks[classes], place.expand(len(classes), 2))
+        cells += [image, *conditional]
+    return make_grid(torch.stack(cells), nrow=len(cells) // len(items), padding=GAP, pad_value=1.0)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Returns the exit status: 0, or 2 for a mistake of the user's."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", required=True, help="picture to write (.png, .jpg)")
+    parser.add_argument("--images", type=int, default=4, help="test images, one a row")
+    parser.add_argument("--others", type=int, default=2, help="blocks of other classes per image")
+    parser.add_argument("--classnames", nargs="+", help="draw the blocks of these names instead of a data set's images")
+    ours, rest = parser.parse_known_args(argv)
+    try:
+        args = train.parse_args(["--config-file", str(CONFIG), "--trainer", "LoGoPrompt", *rest])
+        if ours.classnames:
+            args.opts = ["DATASET.NAME", "Caltech101", *args.opts]  # none is read; train.py wants a known name
+        cfg = train.setup_cfg(args)
+        if ours.classnames:
+            sheet = make_grid(draw_blocks(cfg, ours.classnames), nrow=2, padding=GAP, pad_value=1.0)
+        else:
+            sheet = contact_sheet(cfg, ours.images, ours.others, max(cfg.SEED, 0))
+        to_pil_image(sheet).save(ours.out, quality=90)
+    except (UserError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{ours.out}: {sheet.shape[2]}x{sheet.shape[1]} pixels")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
