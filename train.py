@@ -11,6 +11,7 @@ A mistake in what was asked for ends in one line on stderr and exit status 2.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ def reset_cfg(cfg: CN, args: argparse.Namespace) -> None:
     """Let the flags overrule the config files."""
     flags = {
         "DATASET.ROOT": args.root,
-        "OUTPUT_DIR": args.output_dir,
+        "OUTPUT_DIR": os.path.expanduser(args.output_dir),
         "RESUME": args.resume,
         "SEED": args.seed if args.seed > 0 else None,
         "DATASET.SOURCE_DOMAINS": args.source_domains,
@@ -131,7 +132,10 @@ def run(args: argparse.Namespace) -> None:
     print_args(args, cfg)
     print(f"Collecting env info ...\n** System info **\n{collect_env_info()}\n")
 
-    trainer = build_trainer(cfg)
+    try:
+        trainer = build_trainer(cfg)
+    except ValueError as error:  # Dassl's word for an option it does not know (optimiser, transform, sampler, …)
+        raise UserError(" ".join(str(error).split())) from error
     if args.eval_only:
         trainer.load_model(args.model_dir, epoch=args.load_epoch)
         trainer.test()
@@ -171,6 +175,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         run(parse_args(argv))
     except UserError as error:
         return _fail(str(error))
+    except FloatingPointError as error:
+        return _fail(f"{error}; training cannot go on: lower OPTIM.LR")
     except OSError as error:  # a file or folder that cannot be read or written; raised in a worker it has many lines
         if error.filename and error.strerror:
             return _fail(f"{error.filename}: {error.strerror}")

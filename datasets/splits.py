@@ -19,6 +19,7 @@ from trainers.prompting.errors import UserError
 
 SPLITS = ("train", "val", "test")
 SUBSETS = ("all", "base", "new")
+MISSING = "{}: the split names this image and it is missing; unpack the data set again"
 MAX_VAL_SHOTS = 4  # CoOp never validates on more images per class
 
 
@@ -49,6 +50,8 @@ class SplitDataset(DatasetBase):
                 train = self.generate_fewshot_dataset(train, num_shots=cfg.DATASET.NUM_SHOTS)
                 val = self.generate_fewshot_dataset(val, num_shots=min(cfg.DATASET.NUM_SHOTS, MAX_VAL_SHOTS))
         train, val, test = subsample_classes(train, val, test, subset=cfg.DATASET.SUBSAMPLE_CLASSES)
+        if not test:
+            raise UserError(f"{split_path}: no test images of the {cfg.DATASET.SUBSAMPLE_CLASSES} classes in it")
         check_files(train, val, test)
         super().__init__(train_x=train, val=val, test=test)
 
@@ -77,16 +80,22 @@ def read_split(path: str, image_dir: str) -> tuple[list[Datum], list[Datum], lis
         with open(path, encoding="utf-8") as file:
             split = json.load(file)
         return tuple(
-            [
-                Datum(impath=os.path.join(image_dir, image), label=int(label), classname=classname)
-                for image, label, classname in split[part]
-            ]
+            [_datum(os.path.join(image_dir, image), int(label), classname) for image, label, classname in split[part]]
             for part in SPLITS
         )
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; CoOp's DATASETS.md says where to get it") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a split file of CoOp ({type(error).__name__}: {error}); get it again") from error
+
+
+def _datum(impath: str, label: int, classname: str) -> Datum:
+    if label < 0 or not isinstance(classname, str):
+        raise ValueError(f"{impath} has the label {label} and the class name {classname!r}")
+    try:
+        return Datum(impath=impath, label=label, classname=classname)
+    except AssertionError as error:  # Dassl.pytorch's own looks for the file at once; ours leaves it to check_files
+        raise UserError(MISSING.format(impath)) from error
 
 
 @contextmanager
@@ -162,4 +171,4 @@ def check_files(*sources: Sequence[Datum]) -> None:
         if folder not in listed:
             listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         if name not in listed[folder]:
-            raise UserError(f"{item.impath}: the split names this image and it is missing; unpack the data set again")
+            raise UserError(MISSING.format(item.impath))

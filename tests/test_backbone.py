@@ -99,6 +99,17 @@ def test_sizes_are_read_off_the_weights(clip_file):
     assert clip_model.logit_scale.exp().item() == pytest.approx(100, rel=1e-5)
 
 
+def test_layer_norms_compute_in_float32_and_return_what_they_got(clip_file):
+    for module in load_clip(clip_file).half_weights().modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            x = torch.randn(3, module.normalized_shape[0]) * 50
+            centred = x.half().float() - x.half().float().mean(-1, keepdim=True)
+            expected = centred / (centred.pow(2).mean(-1, keepdim=True) + module.eps).sqrt()
+            out = module(x.half())
+            assert out.dtype == torch.float16
+            torch.testing.assert_close(out.float(), expected * module.weight + module.bias, atol=5e-3, rtol=5e-3)
+
+
 def test_half_precision_casts_what_openai_casts(clip_file):
     full, half = load_clip(clip_file), load_clip(clip_file).half_weights()
     assert half.dtype == torch.float16 and half.text_projection.dtype == torch.float16
@@ -161,6 +172,18 @@ def test_other_architectures(tmp_path):
     assert "OpenAI's layout" in one_line(lambda: load_clip(path))
     torch.save([1, 2], path)
     assert "OpenAI's layout" in one_line(lambda: load_clip(path))
+
+
+def test_text_towers_of_another_kind():
+    from open_clip.model import CLIP
+    from open_clip.tokenizer import SimpleTokenizer
+
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
+    door.Backbone(CLIP(24, vision, text), SimpleTokenizer(), "plain")
+    for change in ({"no_causal_mask": True}, {"pool_type": "last"}, {"vocab_size": 32000}):
+        message = one_line(lambda c=change: door.Backbone(CLIP(24, vision, {**text, **c}), SimpleTokenizer(), "other"))
+        assert "other" in message and "text transformer" in message
 
 
 def test_unknown_names_and_tags():

@@ -1,6 +1,5 @@
 """scripts/logo/base2new.sh as its users type it: from anywhere, skipped when finished, resumed when not."""
 
-import json
 import os
 import re
 import subprocess
@@ -15,10 +14,10 @@ SCRIPT = ROOT / "scripts" / "logo" / "base2new.sh"
 TINY = ["OPTIM.MAX_EPOCH", "2", "DATALOADER.NUM_WORKERS", "0", "DATALOADER.TRAIN_X.BATCH_SIZE", "8"]
 
 
-def run(cwd, *words, **environment):
+def run(cwd, *words, script=SCRIPT, **environment):
     environment = {**os.environ, "PYTHON": sys.executable, "CFG": "photo64_ep50_ctxv1", "SHOTS": "2", **environment}
     return subprocess.run(
-        ["bash", str(SCRIPT), *words], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+        ["bash", str(script), *words], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
 
 
@@ -51,6 +50,11 @@ def test_three_numbers_from_another_folder(trainer, data_root, rn_file, tmp_path
     done = run(tmp_path, *words, **places)
     assert done.returncode == 0 and done.stdout.count("finished before, skipped") == 2
     assert stamps == [(folder / "results.json").stat().st_mtime_ns for folder in folders]
+    # through a link, with CDPATH set, and with OUTPUT below the home folder: the same runs
+    (tmp_path / "link.sh").symlink_to(SCRIPT)
+    elsewhere = {**places, "OUTPUT": "~/my output", "HOME": str(tmp_path), "CDPATH": "."}
+    done = run(tmp_path, *words, script=tmp_path / "link.sh", **elsewhere)
+    assert done.returncode == 0 and done.stdout.count("finished before, skipped") == 2, done.stderr
     # other options must not be answered with these results
     done = run(tmp_path, *words, "TRAINER.LOGOPROMPT.K", "2", **places)
     assert done.returncode == 2 and "belongs to another run" in done.stderr
@@ -66,8 +70,15 @@ def test_usage_and_failures_end_with_status_2(tmp_path, data_root, rn_file):
     assert done.returncode == 2 and "usage:" in done.stderr
     done = run(tmp_path, "no_such_set", "1", OUTPUT="out")
     assert done.returncode == 2 and "configs/datasets/no_such_set.yaml" in done.stderr
+    for seed in ("0", "-1", "one"):
+        assert run(tmp_path, "caltech101", seed).returncode == 2
+    done = run(tmp_path, "caltech101", "1", CFG="no_such_config", OUTPUT="out")
+    assert done.returncode == 2 and "configs/trainers/LoGoPrompt/no_such_config.yaml" in done.stderr
     done = run(tmp_path, "caltech101", "1", OUTPUT="out", DATA="nowhere", BACKBONE=rn_file)
     assert done.returncode == 2 and str(tmp_path / "nowhere") in done.stderr
+    # a mistake leaves nothing behind that would stand in the way of the corrected command
+    done = run(tmp_path, "caltech101", "1", "OPTIM.MAX_EPOCH", "0", OUTPUT="out", DATA=str(data_root), BACKBONE=rn_file)
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: OPTIM.MAX_EPOCH 0")
 
 
 def test_harmonic_mean():
@@ -78,7 +89,7 @@ def test_harmonic_mean():
 
 def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     write_results(str(tmp_path), {"metrics": {"accuracy": 12.5}})
-    monkeypatch.setattr(json, "dump", lambda obj, file, **kwargs: file.write("{") and 1 / 0)
+    monkeypatch.setattr(os, "fsync", lambda handle: 1 / 0)  # written, and not yet in place
     with pytest.raises(ZeroDivisionError):
         write_results(str(tmp_path), {"metrics": {"accuracy": 99.0}})
     assert read_results(str(tmp_path)) == {"metrics": {"accuracy": 12.5}}

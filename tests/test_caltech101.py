@@ -121,7 +121,9 @@ def test_no_folder(tmp_path):
 
 def test_no_split_or_not_a_split(tree):
     path = tree / "caltech-101" / "split_zhou_Caltech101.json"
-    for content in ("{", "[1, 2]", '{"train": []}', '{"train": [["a.jpg", 0]], "val": [], "test": []}'):
+    item = '{"train": [["a.jpg", %s]], "val": [], "test": []}'
+    wrong = [item % "0", item % "0, 42", item % "0, null", item % '-1, "face"', item % '"zero", "face"']
+    for content in ("{", "[1, 2]", '{"train": []}', *wrong):
         path.write_text(content)
         assert str(path) in message(tree)
     path.unlink()
@@ -162,6 +164,12 @@ def test_empty_classes_gaps_and_double_names(tree):
 
     edit_split(tree, rename)
     assert "give it one name" in message(tree)
+
+
+def test_no_test_images_and_no_training_images(tree):
+    edit_split(tree, lambda split: split.update(test=[row for row in split["test"] if row[1] < 4]))
+    build(tree, subset="base")
+    assert "no test images of the new classes" in message(tree, subset="new")
     edit_split(tree, lambda split: split.update(train=[]))
     assert "no training images" in message(tree)
 

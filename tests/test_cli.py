@@ -121,6 +121,31 @@ def test_other_values_that_cannot_be(fails):
     assert "N_CTX" in fails("TRAINER.LOGOPROMPT.N_CTX", 80, "TRAINER.LOGOPROMPT.CTX_INIT", "")
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("OPTIM.NAME", "foo"),
+        ("OPTIM.LR_SCHEDULER", "foo"),
+        ("INPUT.TRANSFORMS", "('foo',)"),
+        ("TEST.EVALUATOR", "foo"),
+        ("DATALOADER.TRAIN_X.SAMPLER", "foo"),
+        ("INPUT.SIZE", "(64,)"),
+        ("OPTIM.MAX_EPOCH", 0),
+        ("OPTIM.MAX_EPOCH", -1),
+        ("TRAIN.PRINT_FREQ", 0),
+        ("DATALOADER.TRAIN_X.BATCH_SIZE", 0),
+        ("TRAINER.LOGOPROMPT.CTX_INIT", "' '"),
+    ],
+)
+def test_options_that_do_not_exist(fails, key, value):
+    line = fails(key, value)
+    assert key.rsplit(".", 1)[-1] in line or "foo" in line
+
+
+def test_a_loss_that_is_not_finite(fails):
+    assert "OPTIM.LR" in fails("OPTIM.LR", 1e30, "OPTIM.WARMUP_EPOCH", -1, "OPTIM.MAX_EPOCH", 3, trainer="CoOp")
+
+
 def test_input_size_unlike_the_backbone_s(fails):
     line = fails("INPUT.SIZE", "(224, 224)")
     assert "INPUT.SIZE (224, 224)" in line and "(64, 64)" in line

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tiny import NAMES, arguments
+from yacs.config import CfgNode
 
 import train
 from trainers.prompting.trainer import CollapseWatch
@@ -24,6 +25,11 @@ def run(data_root, rn_file, tmp_path, monkeypatch):
         arguments_ = arguments(trainer, data_root, rn_file, tmp_path / out, *opts, flags=flags, seed=seed)
         assert train.main(arguments_) == status
         call.trainer = built[0]
+        for loader in (call.trainer.train_loader_x, call.trainer.test_loader):
+            if loader.num_workers and loader._iterator is not None:
+                # left to the garbage collector, workers of several runs in one process wait for each other
+                loader._iterator._shutdown_workers()
+                loader._iterator = None
         return json.loads((tmp_path / out / "results.json").read_text())
 
     original = train.build_trainer
@@ -44,12 +50,14 @@ def test_a_run_writes_what_is_promised(run, trainer):
     results = run(trainer)
     folder = run.folder / "run"
     assert sorted(p.name for p in folder.iterdir()) == [
+        "config.yaml",
         "log.txt",
         "prompt_learner",
         "results.json",
         "tensorboard",
     ]
     assert (folder / "prompt_learner" / "model.pth.tar-2").is_file()
+    assert CfgNode.load_cfg((folder / "config.yaml").read_text()).OPTIM.MAX_EPOCH == 2
     assert any((folder / "tensorboard").iterdir())
     log = (folder / "log.txt").read_text()
     for line in ("Finish training", "=> result", "* accuracy: ", "epoch [2/2] batch [2/2]"):
@@ -167,6 +175,75 @@ def test_an_interrupted_run_goes_on_where_it_was(run, trainer, monkeypatch):
     assert torch.equal(seen[0][2], checkpoint["state_dict"]["ctx"])
     assert [lr for _, lr, _ in seen] == pytest.approx([0.002 * (1 + 0.5**0.5) / 2, 0.001])  # cosine over 4 epochs
     assert results["run"]["epochs"] == 4
+
+
+@pytest.mark.parametrize("trainer", TRAINED)
+def test_an_interrupted_run_ends_as_an_unbroken_one(run, trainer, monkeypatch):
+    options = ("TRAIN.CHECKPOINT_FREQ", 1, "OPTIM.MAX_EPOCH", 4)
+    unbroken = run(trainer, *options, out="unbroken")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.TRAINER_REGISTRY.get(trainer), "before_epoch", _stop_at_epoch(3))
+        run(trainer, *options, out="broken")
+    assert run(trainer, *options, out="broken") == unbroken
+    states = [
+        torch.load(run.folder / out / "prompt_learner" / "model.pth.tar-4", weights_only=True)
+        for out in ("unbroken", "broken")
+    ]
+    assert torch.equal(states[0]["state_dict"]["ctx"], states[1]["state_dict"]["ctx"])
+    momentum = [state["optimizer"]["state"][0]["momentum_buffer"] for state in states]
+    assert torch.equal(*momentum) and momentum[0].abs().max() > 0
+
+
+def test_a_run_goes_on_only_as_what_it_was(run, capsys):
+    run("CoOp")
+    (run.folder / "run" / "results.json").unlink()
+
+    def refused(trainer, *opts):
+        with pytest.raises(FileNotFoundError):  # of results.json: nothing was run
+            run(trainer, *opts, status=2)
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    assert "OPTIM.LR 0.002, now it is 0.5" in refused("CoOp", "OPTIM.LR", 0.5)
+    assert "OPTIM.MAX_EPOCH 2, now it is 3" in refused("CoOp", "OPTIM.MAX_EPOCH", 3)
+    assert "TRAINER.NAME CoOp, now it is LoGoPrompt" in refused("LoGoPrompt")
+    assert "other classes" in refused("CoOp", "DATASET.SUBSAMPLE_CLASSES", "new")
+    run("CoOp", "TEST.PER_CLASS_RESULT", True, "TRAIN.PRINT_FREQ", 1)  # these may change
+    assert (run.folder / "run" / "results.json").exists()
+    run("CoOp", "OPTIM.MAX_EPOCH", 3, out="further", flags=["--resume", run.folder / "run"])  # here all may, when asked
+    assert (run.folder / "further" / "prompt_learner" / "model.pth.tar-3").exists()
+
+
+def test_evaluation_does_not_replace_a_training_run_s_results(run, capsys):
+    before = run("CoOp")
+    assert run("CoOp", flags=["--eval-only", "--model-dir", run.folder / "run"], status=2) == before
+    assert "--output-dir" in capsys.readouterr().err
+
+
+def test_a_checkpoint_with_coop_s_token_buffers_loads(run):
+    run("CoOp", out="a")
+    path = run.folder / "a" / "prompt_learner" / "model.pth.tar-2"
+    ctx = torch.load(path, weights_only=True)["state_dict"]["ctx"]
+    buffers = {"token_prefix": torch.zeros(9, 1, 64), "token_suffix": torch.zeros(9, 72, 64)}
+    torch.save({"state_dict": {"ctx": ctx, **buffers}, "epoch": 2}, path)
+    run("CoOp", out="b", flags=["--eval-only", "--model-dir", run.folder / "a"])
+    assert torch.equal(run.trainer.model.prompt_learner.ctx, ctx)
+
+
+def test_a_collapse_is_remembered_by_the_run_that_goes_on(run, monkeypatch):
+    options = ("TRAIN.CHECKPOINT_FREQ", 1, "OPTIM.MAX_EPOCH", 4)
+    accuracies = iter([90.0, 26.0, 26.0, 26.0])
+    monkeypatch.setattr(CollapseWatch, "update", lambda self, accuracy, n: None)
+    original = CollapseWatch.epoch_ends
+
+    def epoch_ends(self, epoch):
+        self._sum, self._count = next(accuracies), 1
+        original(self, epoch)
+
+    monkeypatch.setattr(CollapseWatch, "epoch_ends", epoch_ends)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.TRAINER_REGISTRY.get("CoOp"), "before_epoch", _stop_at_epoch(3))
+        run("CoOp", *options)
+    assert run("CoOp", *options)["run"]["collapsed"] is True
 
 
 def _stop_at_epoch(epoch):

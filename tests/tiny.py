@@ -120,5 +120,6 @@ def arguments(trainer: str, root, backbone: str, output, *opts: str, flags=(), s
         *("--config-file", str(repository / "trainers" / folder / "photo64_ep50_ctxv1.yaml")),
         *("--output-dir", str(output), *map(str, flags)),
         *("DATASET.NUM_SHOTS", "4", "DATASET.SUBSAMPLE_CLASSES", "base", "OPTIM.MAX_EPOCH", "2"),
+        *("OPTIM.LR", "0.002"),
         *("DATALOADER.TRAIN_X.BATCH_SIZE", "8", "DATALOADER.NUM_WORKERS", "0", *map(str, opts)),
     ]

@@ -73,6 +73,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--others", type=int, default=2, help="blocks of other classes per image")
     parser.add_argument("--classnames", nargs="+", help="draw the blocks of these names instead of a data set's images")
     ours, rest = parser.parse_known_args(argv)
+    if ours.images < 1 or ours.others < 0:
+        parser.error("--images must be at least 1, --others at least 0")
     try:
         args = train.parse_args(["--config-file", str(CONFIG), "--trainer", "LoGoPrompt", *rest])
         if ours.classnames:

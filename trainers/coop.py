@@ -55,18 +55,12 @@ class CustomCLIP(nn.Module):
 class CoOp(PromptTrainer):
     """Context optimisation by cross-entropy."""
 
-    def build_model(self) -> None:
-        clip_model = self.load_backbone(self.method_cfg().PREC)
-        self.model = CustomCLIP(self.cfg, self.classnames, clip_model).to(self.device)
-        self.register_prompt_learner(self.model.prompt_learner)
+    network = CustomCLIP
 
     def loss(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         image, label = batch["img"].to(self.device), batch["label"].to(self.device)
         logits = self.model(image)
         return F.cross_entropy(logits, label), logits, label
-
-    def text_features(self) -> torch.Tensor:
-        return self.model.text_features()
 
     def model_inference(self, image: torch.Tensor) -> torch.Tensor:
         return self.model.logits(image, self.prompt_text)

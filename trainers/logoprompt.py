@@ -145,7 +145,10 @@ class CustomCLIP(nn.Module):
 class LoGoPrompt(PromptTrainer):
     """Text prompts learned by the min-max loss over class-conditional images; prediction by selection."""
 
+    network = CustomCLIP
+
     def check_cfg(self, cfg: CN) -> None:
+        super().check_cfg(cfg)
         method = cfg.TRAINER.LOGOPROMPT
         for key, allowed in (("LOSS", LOSSES), ("LOCATION", LOCATIONS)):
             if method[key] not in allowed:
@@ -156,18 +159,10 @@ class LoGoPrompt(PromptTrainer):
             raise UserError(f"TRAINER.LOGOPROMPT.MIN_CONTRAST {method.MIN_CONTRAST:g}: must be 1 to {MAX_CONTRAST:g}")
         block_size(min(cfg.INPUT.SIZE), method.BLOCK_HEIGHT, method.BLOCK_WIDTH)
 
-    def build_model(self) -> None:
-        clip_model = self.load_backbone(self.method_cfg().PREC)
-        self.model = CustomCLIP(self.cfg, self.classnames, clip_model).to(self.device)
-        self.register_prompt_learner(self.model.prompt_learner)
-
     def loss(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         image, label = batch["img"].to(self.device), batch["label"].to(self.device)
         losses, log_p = self.model(image, label)
         return losses.mean(), log_p, label
-
-    def text_features(self) -> torch.Tensor:
-        return self.model.text_features()
 
     def parse_batch_test(self, batch: dict[str, Any]) -> tuple[Any, torch.Tensor]:
         return (batch["img"].to(self.device), self.relative_paths(batch)), batch["label"].to(self.device)

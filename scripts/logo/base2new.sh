@@ -8,6 +8,7 @@
 # CFG (file name in configs/trainers/<TRAINER>/ without .yaml), SHOTS (16), PYTHON. Relative paths count from where you are.
 # A finished run (results.json is there) is skipped, an unfinished one is resumed.
 set -euo pipefail
+unset CDPATH
 
 if [ $# -lt 2 ]; then
     echo "usage: bash ${BASH_SOURCE[0]} DATASET SEED [KEY VALUE ...]" >&2
@@ -16,15 +17,26 @@ fi
 DATASET=$1
 SEED=$2
 shift 2
+case $SEED in '' | 0 | *[!0-9]*)
+    echo "error: seed $SEED: a whole number from 1 on is needed" >&2
+    exit 2
+    ;;
+esac
 
 HERE=$PWD
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-absolute() { case $1 in /* | "~"*) echo "$1" ;; *) echo "$HERE/$1" ;; esac; }
+ROOT=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.." && pwd)
+absolute() {
+    case $1 in
+        /*) echo "$1" ;;
+        "~"/*) echo "$HOME/${1#"~"/}" ;;
+        *) echo "$HERE/$1" ;;
+    esac
+}
 
 DATA=$(absolute "${DATA:-$ROOT/data}")
 OUTPUT=$(absolute "${OUTPUT:-$ROOT/output}")
 BACKBONE=${BACKBONE:-}
-if [ -f "$BACKBONE" ]; then BACKBONE=$(absolute "$BACKBONE"); fi
+if [ -f "$BACKBONE" ] || [[ $BACKBONE == "~"/* ]]; then BACKBONE=$(absolute "$BACKBONE"); fi
 TRAINER=${TRAINER:-LoGoPrompt}
 SHOTS=${SHOTS:-16}
 if [ -z "${CFG:-}" ]; then
@@ -37,6 +49,12 @@ if [ -z "${PYTHON:-}" ]; then
     if [ -x "$ROOT/.venv/bin/python" ]; then PYTHON=$ROOT/.venv/bin/python; else PYTHON=python; fi
 fi
 cd "$ROOT"
+for file in "configs/datasets/$DATASET.yaml" "configs/trainers/$CFG_DIR/$CFG.yaml"; do
+    if [ ! -f "$file" ]; then
+        echo "error: $ROOT/$file: no such file; see DATASET, TRAINER and CFG" >&2
+        exit 2
+    fi
+done
 
 COMMON=$DATASET/shots_$SHOTS/$TRAINER/$CFG/seed$SEED
 TRAIN_DIR=$OUTPUT/base2new/train_base/$COMMON
@@ -50,16 +68,19 @@ run() {
     while [ "$1" != -- ]; do flags+=("$1"); shift; done
     shift
     # What the folder's name does not say, so that an old result is never taken for that of another command.
-    local asked="BACKBONE=$BACKBONE $*"
-    if [ -f "$dir/asked.txt" ] && [ "$(cat "$dir/asked.txt")" != "$asked" ]; then
-        echo "error: $dir belongs to another run ($(cat "$dir/asked.txt"), now $asked): set OUTPUT or delete it" >&2
-        exit 2
+    local config="configs/trainers/$CFG_DIR/$CFG.yaml" asked
+    asked="BACKBONE=$BACKBONE $config ($(cksum < "$config" | cut -d' ' -f1)) $*"
+    if [ -f "$dir/results.json" ] || [ -f "$dir/prompt_learner/checkpoint" ]; then
+        if [ "$(cat "$dir/asked.txt" 2> /dev/null)" != "$asked" ]; then
+            echo "error: $dir belongs to another run ($(cat "$dir/asked.txt"), now $asked): set OUTPUT or delete it" >&2
+            exit 2
+        fi
     fi
     if [ -f "$dir/results.json" ]; then
         echo "finished before, skipped: $dir"
         return
     fi
-    mkdir -p "$dir"
+    mkdir -p "$dir" || exit 2
     printf '%s\n' "$asked" > "$dir/asked.txt"
     "$PYTHON" train.py \
         --root "$DATA" \
@@ -67,7 +88,7 @@ run() {
         --trainer "$TRAINER" \
         ${BACKBONE:+--backbone "$BACKBONE"} \
         --dataset-config-file "configs/datasets/$DATASET.yaml" \
-        --config-file "configs/trainers/$CFG_DIR/$CFG.yaml" \
+        --config-file "$config" \
         --output-dir "$dir" \
         ${flags[@]+"${flags[@]}"} \
         DATASET.NUM_SHOTS "$SHOTS" \

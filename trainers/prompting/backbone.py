@@ -46,6 +46,15 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
 
+class LayerNorm(nn.LayerNorm):
+    """Layer norm computed in float32 at least, returned in the precision of its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
+        return nn.functional.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
 class Backbone(nn.Module):
     """A frozen CLIP: image encoder f, text encoder g and the temperature, whichever package built it.
 
@@ -65,8 +74,8 @@ class Backbone(nn.Module):
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, name: str) -> None:
         super().__init__()
-        missing = [
-            part
+        parts = [
+            getattr(model, part, None)
             for part in (
                 "visual",
                 "transformer",
@@ -75,9 +84,15 @@ class Backbone(nn.Module):
                 "ln_final",
                 "text_projection",
             )
-            if getattr(model, part, None) is None
         ]
-        if missing or not all(isinstance(getattr(b, "attn", None), nn.MultiheadAttention) for b in _blocks(model)):
+        plain = (
+            all(part is not None for part in parts)
+            and all(isinstance(getattr(block, "attn", None), nn.MultiheadAttention) for block in _blocks(model))
+            and getattr(model, "attn_mask", ...) is not None  # open_clip: None where attention is not causal
+            and getattr(model, "text_pool_type", "argmax") == "argmax"
+            and model.token_embedding.num_embeddings == len(tokenizer.encoder)
+        )
+        if not plain:
             raise UserError(
                 f"MODEL.BACKBONE.NAME {name}: not a CLIP with OpenAI's text transformer; "
                 "choose an OpenAI name or an open_clip architecture of that kind (ViT-B-16, RN50, …)"
@@ -98,6 +113,9 @@ class Backbone(nn.Module):
         self.input_resolution = int(resolution[0] if isinstance(resolution, (tuple, list)) else resolution)
         self.context_length = int(self.positional_embedding.shape[0])
         self.n_head = self.blocks[0].attn.num_heads
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.__class__ = LayerNorm  # the packages' own differ in what they cast, and refuse float64
         self.requires_grad_(False)
         self.eval()
 

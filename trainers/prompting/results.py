@@ -17,14 +17,20 @@ NAME = "results.json"
 
 
 def write_results(folder: str, results: dict[str, Any]) -> str:
-    """Write ``results.json`` atomically: it is either there and whole, or not there. Returns its path."""
+    """Write ``results.json``, atomically. Returns its path."""
     path = os.path.join(folder, NAME)
+    write_text(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a file atomically: it is either there and whole, or as it was before."""
+    folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{NAME}-")
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(results, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -32,7 +38,6 @@ def write_results(folder: str, results: dict[str, Any]) -> str:
     except BaseException:
         os.unlink(temporary)
         raise
-    return path
 
 
 def read_results(folder: str) -> dict[str, Any]:
@@ -52,10 +57,13 @@ def main(argv: list[str]) -> int:
         return 2
     try:
         base, new = (read_results(folder) for folder in argv)
-    except (OSError, ValueError) as error:
+        accuracies = [run["metrics"]["accuracy"] for run in (base, new)]
+    except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    accuracies = [run["metrics"]["accuracy"] for run in (base, new)]
+    except (ValueError, KeyError) as error:
+        print(f"error: a {NAME} of {' or '.join(argv)} holds no accuracy ({error!r})", file=sys.stderr)
+        return 2
     run = base["run"]
     print(f"{run['trainer']} on {run['dataset']}, {run['shots']} shots, seed {run['seed']} ({run['backbone']})")
     for label, value in zip(("base", "new", "H"), (*accuracies, harmonic_mean(*accuracies))):

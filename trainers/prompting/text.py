@@ -82,25 +82,18 @@ class TextEncoder(nn.Module):
         x = prompts + clip.positional_embedding[: prompts.shape[1]].to(prompts.dtype)
         for block in clip.blocks:
             x = self._block(block, x)
-        x = _norm(clip.ln_final, x[torch.arange(len(x), device=x.device), eot])
+        x = clip.ln_final(x[torch.arange(len(x), device=x.device), eot])
         return F.normalize(x.to(clip.dtype) @ clip.text_projection, dim=-1)
 
     def _block(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """One residual attention block under the causal mask, with the weights of either package's block."""
         n, length, width = x.shape
         heads = self.backbone.n_head
-        qkv = F.linear(_norm(block.ln_1, x), block.attn.in_proj_weight, block.attn.in_proj_bias)
+        qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
         q, k, v = qkv.view(n, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n, length, width)
         x = x + _scaled(block, "ls_1", block.attn.out_proj(attended))
-        return x + _scaled(block, "ls_2", block.mlp(_norm(block.ln_2, x)))
-
-
-def _norm(norm: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
-    """Layer norm in float32 at least; the packages' own subclasses differ in what they cast, and refuse float64."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)
-    return F.layer_norm(x.to(dtype), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
+        return x + _scaled(block, "ls_2", block.mlp(block.ln_2(x)))
 
 
 def _scaled(block: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -144,11 +137,15 @@ class PromptLearner(nn.Module):
         super().__init__()
         if class_token_position not in POSITIONS:
             raise UserError(f"CLASS_TOKEN_POSITION {class_token_position}: choose one of {', '.join(POSITIONS)}")
+        if n_ctx < 1:
+            raise UserError(f"N_CTX {n_ctx}: at least one context vector is needed")
         dtype, width = backbone.dtype, backbone.token_embedding.weight.shape[1]
         words: Optional[torch.Tensor] = None
         if ctx_init:
             tokens = encode_tokens(backbone, [clean_name(ctx_init)])
             n_ctx = len(tokens[0]) - 1
+            if n_ctx < 1:
+                raise UserError(f'CTX_INIT "{ctx_init}": no words in it; leave it empty for a random context')
             words = embed_tokens(backbone, tokens)[0][0, 1 : 1 + n_ctx]
 
         names = [clean_name(name) for name in classnames]

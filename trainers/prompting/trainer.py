@@ -6,27 +6,34 @@ how it scores an image (``text_features`` once per evaluation, ``model_inference
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import warnings
 from contextlib import nullcontext
 from typing import Any, Optional
 
+import dassl.optim.lr_scheduler as dassl_schedules
 import torch
 import torch.nn as nn
 from dassl.engine import TrainerX
 from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import load_pretrained_weights
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
+from yacs.config import CfgNode
 
 from .backbone import Backbone, load_clip
 from .errors import UserError
-from .results import write_results
+from .results import write_results, write_text
 
 PRECISIONS = ("fp16", "fp32", "amp")
 PROMPT_LEARNER = "prompt_learner"
 BEST = "model-best.pth.tar"
+IDENTITY = ("TRAINER.NAME", "MODEL.BACKBONE.NAME")  # without these the same a checkpoint means nothing
+# What may change between a run and its continuation without making it another run.
+FREE_KEYS = ("OUTPUT_DIR", "RESUME", "VERBOSE", "USE_CUDA", "DATASET.ROOT", "DATALOADER.NUM_WORKERS", "TRAIN.", "TEST.")
 MEANINGFUL = 5.0  # percentage points above chance from which on losing half of them is no accident
 DERIVED = ("token_prefix", "token_suffix")  # in checkpoints of the original CoOp; they belong to its class names
 
@@ -38,10 +45,24 @@ class PromptTrainer(TrainerX):
     prompt_text: Optional[torch.Tensor] = None  # text features while an evaluation runs
     scaler: Optional[torch.amp.GradScaler] = None
     watch: Optional[CollapseWatch] = None  # while and after training
+    network: type[nn.Module]  # (cfg, classnames, backbone) -> module with prompt_learner and text_features()
     model_dir = ""
-    epoch = -1
 
     # ------------------------------------------------------------------------------------------------ building
+
+    def check_cfg(self, cfg: Any) -> None:
+        """Refuse values that nothing can be done with, before data and weights are loaded. Raises UserError."""
+        at_least_one = {
+            "OPTIM.MAX_EPOCH": cfg.OPTIM.MAX_EPOCH,
+            "TRAIN.PRINT_FREQ": cfg.TRAIN.PRINT_FREQ,
+            "DATALOADER.TRAIN_X.BATCH_SIZE": cfg.DATALOADER.TRAIN_X.BATCH_SIZE,
+            "DATALOADER.TEST.BATCH_SIZE": cfg.DATALOADER.TEST.BATCH_SIZE,
+        }
+        for key, value in at_least_one.items():
+            if value < 1:
+                raise UserError(f"{key} {value}: must be at least 1")
+        if len(cfg.INPUT.SIZE) != 2:
+            raise UserError(f"INPUT.SIZE {tuple(cfg.INPUT.SIZE)}: height and width are needed")
 
     def method_cfg(self) -> Any:
         """The method's own config node, for example ``cfg.TRAINER.COOP``."""
@@ -68,6 +89,11 @@ class PromptTrainer(TrainerX):
         self.scaler = _grad_scaler() if prec == "amp" else None
         return backbone.to(self.device)
 
+    def build_model(self) -> None:
+        clip_model = self.load_backbone(self.method_cfg().PREC)
+        self.model = self.network(self.cfg, self.classnames, clip_model).to(self.device)
+        self.register_prompt_learner(self.model.prompt_learner)
+
     def register_prompt_learner(self, prompt_learner: nn.Module) -> None:
         """Give the prompt learner, and nothing else, to the optimiser and to the checkpoints."""
         cfg = self.cfg
@@ -75,6 +101,7 @@ class PromptTrainer(TrainerX):
         if cfg.MODEL.INIT_WEIGHTS:
             load_pretrained_weights(prompt_learner, cfg.MODEL.INIT_WEIGHTS)
         self.optim = build_optimizer(prompt_learner, cfg.OPTIM)
+        mend_warmup()
         self.sched = build_lr_scheduler(self.optim, cfg.OPTIM)
         self.register_model(PROMPT_LEARNER, prompt_learner, self.optim, self.sched)
 
@@ -108,6 +135,7 @@ class PromptTrainer(TrainerX):
         if self.prompt_learner is None:
             raise UserError(f"{self.cfg.TRAINER.NAME} has nothing to train: add --eval-only")
         self.watch = CollapseWatch(self.num_classes)
+        self._write_config()
         super().train()
 
     def after_epoch(self) -> None:
@@ -137,6 +165,9 @@ class PromptTrainer(TrainerX):
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "val_result": None if val_result is None else float(val_result),
             "best_result": float(self.best_result),
+            "watch": {"best": self.watch.best, "collapsed": self.watch.collapsed} if self.watch else {},
+            "random": torch.get_rng_state(),  # order of the images, augmentation and places hang on it
+            "config": self.cfg.dump(),
             "classnames": self.classnames,
             "trainer": self.cfg.TRAINER.NAME,
         }
@@ -147,9 +178,7 @@ class PromptTrainer(TrainerX):
         if model_name == BEST:
             return  # training goes on from the newest checkpoint, not from the best
         pointer = os.path.join(folder, "checkpoint")  # Dassl's note of the newest checkpoint
-        with open(f"{pointer}.tmp", "w", encoding="utf-8") as file:
-            file.write(f"{model_name}\n")
-        os.replace(f"{pointer}.tmp", pointer)
+        write_text(pointer, f"{model_name}\n")
 
     def load_model(self, directory: str, epoch: Optional[int] = None) -> None:
         """Load ``prompt_learner`` from a run folder: the epoch asked for, else the best model, else the newest one.
@@ -161,6 +190,10 @@ class PromptTrainer(TrainerX):
             return
         if not directory:
             raise UserError("--eval-only without a model: add --model-dir, the output folder of a training run")
+        if self.watch is None and os.path.realpath(directory) == os.path.realpath(self.cfg.OUTPUT_DIR):
+            raise UserError(
+                f"--output-dir {directory} is also --model-dir: its results would be lost; choose another --output-dir"
+            )
         self.model_dir = directory
         folder = os.path.join(directory, PROMPT_LEARNER)
         names = [f"model.pth.tar-{epoch}"] if epoch is not None else [BEST, newest_checkpoint(folder)]
@@ -185,15 +218,18 @@ class PromptTrainer(TrainerX):
             return 0
         path = os.path.join(folder, name)
         checkpoint = self._read_checkpoint(path)
+        here = os.path.realpath(directory) == os.path.realpath(self.cfg.OUTPUT_DIR)
+        self._check_same_run(checkpoint, path, every_key=here)
         self._load_prompt_learner(checkpoint, path)
-        if checkpoint.get("classnames", self.classnames) != self.classnames:
-            raise UserError(f"{path} was trained on other classes: choose another --output-dir, or delete that folder")
         epoch = int(checkpoint["epoch"])
         if checkpoint.get("optimizer"):
             self.optim.load_state_dict(checkpoint["optimizer"])
         if self.scaler and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
-        self.best_result = checkpoint.get("best_result", self.best_result)
+        if here:  # the best model so far lies in this folder
+            self.best_result = checkpoint.get("best_result", self.best_result)
+        for name, value in checkpoint.get("watch", {}).items():
+            setattr(self.watch, name, value)
         # The optimiser's state brought its learning rate along; instead, a fresh schedule is wound forward to here.
         for group in self.optim.param_groups:
             group["lr"] = group["initial_lr"]
@@ -203,8 +239,23 @@ class PromptTrainer(TrainerX):
             for _ in range(epoch):
                 self.sched.step()
         self.epoch = epoch - 1
+        if "random" in checkpoint:
+            torch.set_rng_state(checkpoint["random"])
         print(f'Resuming from "{path}" after epoch {epoch}')
         return epoch
+
+    def _check_same_run(self, checkpoint: dict[str, Any], path: str, every_key: bool) -> None:
+        """A run goes on only as what it was: same method, weights, classes, and in its own folder the same settings."""
+        remedy = "choose another --output-dir, or delete that folder"
+        if checkpoint.get("classnames", self.classnames) != self.classnames:
+            raise UserError(f"{path} was trained on other classes: {remedy}")
+        if "config" not in checkpoint:
+            return
+        before, now = (_flat(CfgNode.load_cfg(text)) for text in (checkpoint["config"], self.cfg.dump()))
+        keys = [*IDENTITY, *(key for key in sorted(before.keys() | now.keys()) if not key.startswith(FREE_KEYS))]
+        for key in keys if every_key else IDENTITY:
+            if before.get(key) != now.get(key):
+                raise UserError(f"{path} was trained with {key} {before.get(key)}, now it is {now.get(key)}: {remedy}")
 
     @staticmethod
     def _read_checkpoint(path: str) -> dict[str, Any]:
@@ -234,8 +285,8 @@ class PromptTrainer(TrainerX):
     # ------------------------------------------------------------------------------------------------ evaluation
 
     def text_features(self) -> torch.Tensor:
-        """(C, E) text features of unit length of the classes at hand, with gradients where prompts are learned."""
-        raise NotImplementedError
+        """(C, E) text features of unit length of the classes at hand."""
+        return self.model.text_features()
 
     @torch.no_grad()
     def test(self, split: Optional[str] = None) -> float:
@@ -264,6 +315,7 @@ class PromptTrainer(TrainerX):
         for key, value in self.metrics.items():
             self.write_scalar(f"{split}/{key}", value, self.epoch)
         if self.watch is None:  # --eval-only; a training run writes its results when it ends
+            self._write_config()
             self._write_results(trained=False)
         return next(iter(self.metrics.values()))
 
@@ -271,6 +323,10 @@ class PromptTrainer(TrainerX):
         """Paths of a batch's images relative to the data root, with forward slashes."""
         root = os.path.abspath(os.path.expanduser(self.cfg.DATASET.ROOT))
         return [os.path.relpath(path, root).replace(os.sep, "/") for path in batch["impath"]]
+
+    def _write_config(self) -> None:
+        """``config.yaml``: every key of this run, to be read by people and by ``--config-file``."""
+        write_text(os.path.join(self.cfg.OUTPUT_DIR, "config.yaml"), self.cfg.dump())
 
     def _write_results(self, trained: bool) -> None:
         cfg = self.cfg
@@ -328,6 +384,27 @@ class CollapseWatch:
                 "TRAINER.LOGOPROMPT.LOSS; a backbone that cannot read class names does not profit from this method."
             )
         self.collapsed = collapsed
+
+
+def mend_warmup() -> None:
+    """Let Dassl.pytorch (2022) build its warm-up on torch >= 2.7, whose schedulers take no ``verbose`` any more."""
+    warmup = getattr(dassl_schedules, "_BaseWarmupScheduler", None)
+    if warmup is None or "verbose" in inspect.signature(LRScheduler.__init__).parameters:
+        return
+
+    def init(self, optimizer, successor, warmup_epoch, last_epoch=-1, verbose=False):  # noqa: ANN001 (Dassl's)
+        self.successor, self.warmup_epoch = successor, warmup_epoch
+        LRScheduler.__init__(self, optimizer, last_epoch)
+
+    warmup.__init__ = init
+
+
+def _flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
+    """A config as {dotted key: value}."""
+    flat: dict[str, Any] = {}
+    for key, value in cfg.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {prefix + key: value})
+    return flat
 
 
 def _grad_scaler() -> Any:
