@@ -18,10 +18,27 @@ GOLDEN = Path(os.environ.get("LOGO_REFERENCE", ROOT.parent / "shared" / "golden"
 REAL_DATA = ROOT.parent / "shared" / "data"
 
 
+def pytest_configure(config):
+    import dassl
+
+    if Path(dassl.__file__).is_relative_to(ROOT):  # the fallback: its warnings are ours
+        config.addinivalue_line("filterwarnings", "error:::dassl")
+    else:  # Dassl.pytorch's logger closes the standard output it stood in for, here pytest's, when it is collected
+        from dassl.utils.logger import Logger
+
+        Logger.__del__ = lambda self: None
+
+
 def pytest_report_header(config):
     import dassl
 
     return f"dassl: {dassl.__file__} (version {getattr(dassl, '__version__', '?')})"
+
+
+@pytest.fixture(autouse=True)
+def keep_stdout(monkeypatch):
+    """``setup_logger`` puts a logger in place of sys.stdout; a test must not leave it there."""
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
 
 
 @pytest.fixture(scope="session")

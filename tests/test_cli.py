@@ -14,11 +14,6 @@ from tiny import NAMES, arguments, clip_state_dict
 import train
 
 
-@pytest.fixture(autouse=True)
-def keep_stdout(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", sys.stdout)
-
-
 @pytest.fixture
 def fails(data_root, rn_file, tmp_path, capsys):
     """Run ``train.py`` in this process and return the one line it ends with."""

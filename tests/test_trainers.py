@@ -1,6 +1,7 @@
 """The trainers through ``train.py``: what is trained, stored and reported, and that runs repeat exactly."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ def run(data_root, rn_file, tmp_path, monkeypatch):
         monkeypatch.setattr(train, "build_trainer", lambda cfg: built.append(original(cfg)) or built[0])
         arguments_ = arguments(trainer, data_root, rn_file, tmp_path / out, *opts, flags=flags, seed=seed)
         assert train.main(arguments_) == status
+        sys.stdout.flush()  # of the log
         call.trainer = built[0]
         for loader in (call.trainer.train_loader_x, call.trainer.test_loader):
             if loader.num_workers and loader._iterator is not None:
@@ -35,14 +37,6 @@ def run(data_root, rn_file, tmp_path, monkeypatch):
     original = train.build_trainer
     call.folder = tmp_path
     return call
-
-
-@pytest.fixture(autouse=True)
-def keep_stdout(monkeypatch):
-    """``setup_logger`` replaces sys.stdout for the rest of the process; a test must not leak that."""
-    import sys
-
-    monkeypatch.setattr(sys, "stdout", sys.stdout)
 
 
 @pytest.mark.parametrize("trainer", TRAINED)
