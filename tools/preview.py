@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,13 +76,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     ours, rest = parser.parse_known_args(argv)
     if ours.images < 1 or ours.others < 0:
         parser.error("--images must be at least 1, --others at least 0")
+    names = ours.classnames or []
+    keys = [i for i, name in enumerate(names) if re.fullmatch(r"[A-Z_]+(\.[A-Z_]+)+", name)]
+    if keys:  # KEY VALUE pairs that follow the names
+        names, rest = names[: keys[0]], [*rest, *names[keys[0] :]]
     try:
         args = train.parse_args(["--config-file", str(CONFIG), "--trainer", "LoGoPrompt", *rest])
-        if ours.classnames:
+        if names:
             args.opts = ["DATASET.NAME", "Caltech101", *args.opts]  # none is read; train.py wants a known name
         cfg = train.setup_cfg(args)
-        if ours.classnames:
-            sheet = make_grid(draw_blocks(cfg, ours.classnames), nrow=2, padding=GAP, pad_value=1.0)
+        if names:
+            sheet = make_grid(draw_blocks(cfg, names), nrow=2, padding=GAP, pad_value=1.0)
         else:
             sheet = contact_sheet(cfg, ours.images, ours.others, max(cfg.SEED, 0))
         to_pil_image(sheet).save(ours.out, quality=90)
