@@ -72,7 +72,7 @@ run() {
     asked="BACKBONE=$BACKBONE $config ($(cksum < "$config" | cut -d' ' -f1)) $*"
     if [ -f "$dir/results.json" ] || [ -f "$dir/prompt_learner/checkpoint" ]; then
         if [ "$(cat "$dir/asked.txt" 2> /dev/null)" != "$asked" ]; then
-            echo "error: $dir belongs to another run ($(cat "$dir/asked.txt"), now $asked): set OUTPUT or delete it" >&2
+            echo "error: $dir belongs to another run ($(cat "$dir/asked.txt" 2> /dev/null), now $asked): set OUTPUT or delete it" >&2
             exit 2
         fi
     fi
