@@ -169,7 +169,6 @@ class PromptTrainer(TrainerX):
             "random": torch.get_rng_state(),  # order of the images, augmentation and places hang on it
             "config": self.cfg.dump(),
             "classnames": self.classnames,
-            "trainer": self.cfg.TRAINER.NAME,
         }
         path = os.path.join(folder, model_name)
         torch.save(state, f"{path}.tmp")
