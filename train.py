@@ -31,6 +31,7 @@ from yacs.config import CfgNode as CN
 import datasets  # noqa: F401 (registers the data sets)
 import trainers
 from trainers.prompting.errors import UserError
+from trainers.prompting.names import flat_config
 
 
 def extend_cfg(cfg: CN) -> None:
@@ -98,18 +99,9 @@ def _merge(cfg: CN, source: str, merge: Callable[[], None], flag: str = "") -> N
         message = " ".join(str(error.args[0] if error.args else error).split())
         unknown = re.search(r"Non-existent (?:config )?key: (\S+)", message)
         if unknown:
-            hint = get_close_matches(unknown[1], _keys(cfg), n=1, cutoff=0.6)
+            hint = get_close_matches(unknown[1], list(flat_config(cfg)), n=1, cutoff=0.6)
             message = f"unknown key {unknown[1]}" + (f", perhaps {hint[0]}" if hint else "")
         raise UserError(f"{source}: {message or 'not a mapping of config keys'}") from error
-
-
-def _keys(cfg: CN, prefix: str = "") -> list[str]:
-    """All dotted keys of a config."""
-    return [
-        dotted
-        for key, value in cfg.items()
-        for dotted in (_keys(value, f"{prefix}{key}.") if isinstance(value, CN) else [prefix + key])
-    ]
 
 
 def print_args(args: argparse.Namespace, cfg: CN) -> None:

@@ -1,10 +1,13 @@
 """prompting/backbone.py: the same features whichever package builds the model, one clear line for what cannot be."""
 
+import hashlib
+import importlib
 import importlib.util
 import sys
 import types
 import urllib.error
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,10 +205,36 @@ def test_no_network(monkeypatch, tmp_path):
     assert "RN50" in message and "no route to host" in message and str(tmp_path) in message
 
 
-def test_a_cached_openai_file_is_used_without_network(monkeypatch, tmp_path, rn_file):
-    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: pytest.fail("asked the network"))
-    monkeypatch.setattr(door, "_openai_file", lambda name: rn_file)
+@pytest.fixture
+def published(monkeypatch, tmp_path, rn_file):
+    """OpenAI's RN50 as if it were our small file: an address with its checksum, a cache, and no network."""
+    content = Path(rn_file).read_bytes()
+    url = f"https://openaipublic.azureedge.net/clip/models/{hashlib.sha256(content).hexdigest()}/RN50.pt"
+    asked = []
+
+    def refuse(*args, **kwargs):
+        asked.append(args)
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr("open_clip.pretrained.get_pretrained_url", lambda *args: url)
+    if has_openai_clip():
+        monkeypatch.setitem(importlib.import_module("clip.clip")._MODELS, "RN50", url)
+    monkeypatch.setattr(door, "CACHE", str(tmp_path))
+    return SimpleNamespace(content=content, path=tmp_path / "RN50.pt", asked=asked)
+
+
+def test_a_cached_openai_file_is_used_without_network(published):
+    published.path.write_bytes(published.content)
     assert load_clip("RN50").input_resolution == SIZE
+    assert published.asked == []
+
+
+@pytest.mark.filterwarnings("ignore:.*checksum does not match:UserWarning")
+def test_a_file_cut_short_in_the_cache_is_not_taken_for_whole(published):
+    published.path.write_bytes(published.content[:5000])
+    assert "no route to host" in one_line(lambda: load_clip("RN50"))
+    assert len(published.asked) == 1
 
 
 def test_a_broken_or_unrelated_clip_package_falls_back_to_open_clip(monkeypatch):

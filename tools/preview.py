@@ -11,7 +11,6 @@ flags and KEY VALUE pairs are those of ``train.py``.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import re
 import sys
@@ -29,23 +28,17 @@ from dassl.utils import read_image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from datasets.splits import data_root
+from trainers.logoprompt import draw_visual_prompts
 from trainers.prompting.errors import UserError
-from trainers.prompting.synthetic import block_size, fixed_places, paste, render_blocks
+from trainers.prompting.names import relative_path
+from trainers.prompting.synthetic import fixed_places, paste
 
 GAP = 4  # pixels between pictures
 CONFIG = Path(train.__file__).parent / "configs" / "trainers" / "LoGoPrompt" / "vit_b16_ctxv1.yaml"
 
 
-def draw_blocks(cfg: Any, classnames: Sequence[str]) -> torch.Tensor:
-    """The visual prompts V_c as the config asks for them: (C, 3, h, w), RGB in [0, 1]."""
-    method = cfg.TRAINER.LOGOPROMPT
-    block = block_size(cfg.INPUT.SIZE[0], method.BLOCK_HEIGHT, method.BLOCK_WIDTH)
-    return render_blocks(classnames, *block, method.VISUAL_SEED, method.MIN_CONTRAST, method.FONT)
-
-
 def contact_sheet(cfg: Any, n_images: int, n_others: int, seed: int) -> torch.Tensor:
-    """A row per image of the test set, images of different classes first: (3, height, width), RGB in [0, 1]."""
+    """A row per image of the test set, each of another class: (3, height, width), RGB in [0, 1]."""
     dataset = build_dataset(cfg)
     draw = random.Random(seed)
     by_class = {item.label: item for item in draw.sample(dataset.test, len(dataset.test))}
@@ -53,9 +46,9 @@ def contact_sheet(cfg: Any, n_images: int, n_others: int, seed: int) -> torch.Te
     transform = build_transform(cfg, is_train=False, choices=())
     images = torch.stack([transform(read_image(item.impath)) for item in items])
 
-    blocks = draw_blocks(cfg, dataset.classnames)
     size, method = cfg.INPUT.SIZE[0], cfg.TRAINER.LOGOPROMPT
-    paths = [os.path.relpath(item.impath, data_root(cfg)).replace(os.sep, "/") for item in items]
+    blocks = draw_visual_prompts(method, dataset.classnames, size)
+    paths = [relative_path(item.impath, cfg.DATASET.ROOT) for item in items]
     places = fixed_places(paths, method.VISUAL_SEED, size, tuple(blocks.shape[-2:]), method.LOCATION)
     cells = []
     for image, place, item in zip(images, places, items):
@@ -86,7 +79,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             args.opts = ["DATASET.NAME", "Caltech101", *args.opts]  # none is read; train.py wants a known name
         cfg = train.setup_cfg(args)
         if names:
-            sheet = make_grid(draw_blocks(cfg, names), nrow=2, padding=GAP, pad_value=1.0)
+            blocks = draw_visual_prompts(cfg.TRAINER.LOGOPROMPT, names, cfg.INPUT.SIZE[0])
+            sheet = make_grid(blocks, nrow=2, padding=GAP, pad_value=1.0)
         else:
             sheet = contact_sheet(cfg, ours.images, ours.others, max(cfg.SEED, 0))
         to_pil_image(sheet).save(ours.out, quality=90)

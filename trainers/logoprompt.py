@@ -50,6 +50,12 @@ def extend_cfg(cfg: CN) -> None:
     cfg.TRAINER.LOGOPROMPT.VISUAL_SEED = 0
 
 
+def draw_visual_prompts(method: CN, classnames: Sequence[str], image_size: int) -> torch.Tensor:
+    """The class-wise visual prompts V_c (3.2) as ``cfg.TRAINER.LOGOPROMPT`` wants them: (C, 3, h, w), RGB in [0, 1]."""
+    block = block_size(image_size, method.BLOCK_HEIGHT, method.BLOCK_WIDTH)
+    return render_blocks(classnames, *block, method.VISUAL_SEED, method.MIN_CONTRAST, method.FONT)
+
+
 class CustomCLIP(nn.Module):
     """CLIP with learnable text prompts p_c and a rendered visual prompt V_c for every class."""
 
@@ -59,14 +65,14 @@ class CustomCLIP(nn.Module):
         self.k, self.loss_form, self.location, self.seed = method.K, method.LOSS, method.LOCATION, method.VISUAL_SEED
         self.backbone = clip_model
         self.image_size = clip_model.input_resolution
-        self.block = block_size(self.image_size, method.BLOCK_HEIGHT, method.BLOCK_WIDTH)
 
         # 3.1 Text prompts p_c = [u_1 … u_M, e_c] with a context that all classes share.
         self.prompt_learner = PromptLearner(clip_model, classnames, method.N_CTX, method.CTX_INIT)
         self.text_encoder = TextEncoder(clip_model)
 
         # 3.2 Class-wise visual prompts V_c, (C, 3, h, w), normalised like the images they are pasted into.
-        blocks = render_blocks(classnames, *self.block, method.VISUAL_SEED, method.MIN_CONTRAST, method.FONT)
+        blocks = draw_visual_prompts(method, classnames, self.image_size)
+        self.block = tuple(blocks.shape[-2:])  # (h, w)
         if "normalize" in cfg.INPUT.TRANSFORMS:
             mean, std = (torch.tensor(v).view(3, 1, 1) for v in (cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD))
             blocks = (blocks - mean) / std

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from dassl.engine import TRAINER_REGISTRY
 
-from .prompting.text import clean_name, encode_texts
+from .prompting.names import clean_name
+from .prompting.text import encode_texts
 from .prompting.trainer import PromptTrainer
 
 DEFAULT_TEMPLATE = "a photo of a {}."

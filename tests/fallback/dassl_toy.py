@@ -98,3 +98,14 @@ def toy_cfg(folder, *options):
     cfg.TRAINER.NAME = "ToyTrainer"
     cfg.merge_from_list(list(options))
     return cfg
+
+
+def rates(optimizer, scheduler, epochs):
+    """The learning rates that an optimiser under a schedule uses in the next epochs."""
+    used = []
+    for _ in range(epochs):
+        used.append(optimizer.param_groups[0]["lr"])
+        assert scheduler.get_last_lr() == [used[-1]]
+        optimizer.step()
+        scheduler.step()
+    return used

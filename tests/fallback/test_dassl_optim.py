@@ -4,6 +4,7 @@ import pytest
 import torch
 from dassl.config import get_cfg_default
 from dassl.optim import build_lr_scheduler, build_optimizer
+from dassl_toy import rates
 from torch import nn
 
 
@@ -21,20 +22,13 @@ def build(cfg, model=None):
     return optimizer, build_lr_scheduler(optimizer, cfg)
 
 
-def rates(cfg, epochs=None):
+def config_rates(cfg, epochs=None):
     """The learning rate used in each epoch."""
-    optimizer, scheduler = build(cfg)
-    used = []
-    for _ in range(epochs or cfg.MAX_EPOCH):
-        used.append(optimizer.param_groups[0]["lr"])
-        assert scheduler.get_last_lr() == [used[-1]]
-        optimizer.step()
-        scheduler.step()
-    return used
+    return rates(*build(cfg), epochs or cfg.MAX_EPOCH)
 
 
 def test_coop_schedule():
-    used = rates(optim_cfg(LR_SCHEDULER="cosine", WARMUP_EPOCH=1, WARMUP_TYPE="constant", MAX_EPOCH=50))
+    used = config_rates(optim_cfg(LR_SCHEDULER="cosine", WARMUP_EPOCH=1, WARMUP_TYPE="constant", MAX_EPOCH=50))
     assert used[:4] == pytest.approx([1e-5, 2e-3, 1.998027e-3, 1.992115e-3], rel=1e-6)
     assert used[-2:] == pytest.approx([1.771275e-5, 7.885299e-6], rel=1e-6)
     assert len(used) == 50
@@ -43,13 +37,7 @@ def test_coop_schedule():
 def torch_rates(make, epochs):
     """The learning rates of one of torch's own schedulers, which multiplies its way from epoch to epoch."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.002)
-    scheduler = make(optimizer)
-    used = []
-    for _ in range(epochs):
-        used.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return used
+    return rates(optimizer, make(optimizer), epochs)
 
 
 SCHEDULES = [
@@ -67,15 +55,15 @@ def test_schedule_follows_torch_after_a_linear_warmup(name, stepsize, make, warm
     cfg = optim_cfg(LR_SCHEDULER=name, STEPSIZE=stepsize, MAX_EPOCH=20, WARMUP_EPOCH=warmup)
     expected = [1e-5, 0.002 / 3, 0.004 / 3][:warmup] if warmup == 3 else [1e-5][:warmup]
     expected += torch_rates(make, 20 - warmup)
-    assert rates(cfg) == pytest.approx(expected, abs=1e-9, rel=1e-9)
+    assert config_rates(cfg) == pytest.approx(expected, abs=1e-9, rel=1e-9)
 
 
 def test_without_recount_only_the_count_moves_on():
     settings = {"WARMUP_EPOCH": 3, "WARMUP_RECOUNT": False, "MAX_EPOCH": 10}
-    assert rates(optim_cfg(LR_SCHEDULER="multi_step", STEPSIZE=(2, 5), **settings)) == pytest.approx(
+    assert config_rates(optim_cfg(LR_SCHEDULER="multi_step", STEPSIZE=(2, 5), **settings)) == pytest.approx(
         [1e-5, 0.002 / 3, 0.004 / 3] + [2e-3] * 2 + [2e-4] * 5
     )
-    cosine = rates(optim_cfg(LR_SCHEDULER="cosine", **settings))[3:]
+    cosine = config_rates(optim_cfg(LR_SCHEDULER="cosine", **settings))[3:]
     shares = [1 + math.cos(math.pi * epoch / 10) for epoch in range(3, 10)]
     assert cosine == pytest.approx([0.002 * share / shares[0] for share in shares])
 

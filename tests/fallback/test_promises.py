@@ -23,7 +23,7 @@ from dassl.evaluation import build_evaluator
 from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import Logger, load_checkpoint, mkdir_if_missing, read_image, save_checkpoint, setup_logger, write_json
-from dassl_toy import ToyTrainer, read_split, toy_cfg
+from dassl_toy import ToyTrainer, rates, read_split, toy_cfg
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
@@ -210,16 +210,6 @@ def schedule(**values):
         setattr(cfg, key, value)
     optimizer = build_optimizer(nn.Linear(2, 2), cfg)
     return optimizer, build_lr_scheduler(optimizer, cfg)
-
-
-def rates(optimizer, scheduler, epochs):
-    """The learning rates of the next epochs."""
-    used = []
-    for _ in range(epochs):
-        used.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return used
 
 
 @pytest.mark.parametrize("name,stepsize", [("single_step", (2,)), ("multi_step", (2, 4)), ("cosine", (-1,))])

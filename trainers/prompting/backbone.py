@@ -15,7 +15,6 @@ import warnings
 import zipfile
 from types import ModuleType
 from typing import Optional, Protocol
-from urllib.parse import urlparse
 
 import torch
 import torch.nn as nn
@@ -267,7 +266,7 @@ def _is_jit_archive(path: str) -> bool:
 
 
 def _openai_file(name: str) -> str:
-    """Path of OpenAI's file for ``name``: from the cache, otherwise downloaded by the installed package."""
+    """Path of OpenAI's file for ``name``; downloaded unless the cache has it whole, by its checksum."""
     folder = os.path.expanduser(CACHE)
     package = import_provider()
     urls = getattr(importlib.import_module("clip.clip"), "_MODELS", {}) if package.__name__ == "clip" else {}
@@ -276,9 +275,7 @@ def _openai_file(name: str) -> str:
             return package.clip._download(urls[name], folder)
         from open_clip.pretrained import download_pretrained_from_url, get_pretrained_url
 
-        url = get_pretrained_url(OPENAI_NAMES[name], "openai")
-        cached = os.path.join(folder, os.path.basename(urlparse(url).path))
-        return cached if os.path.isfile(cached) else download_pretrained_from_url(url, cache_dir=folder)
+        return download_pretrained_from_url(get_pretrained_url(OPENAI_NAMES[name], "openai"), cache_dir=folder)
     except (OSError, RuntimeError, ImportError) as error:
         raise UserError(
             f"MODEL.BACKBONE.NAME {name}: the weights cannot be downloaded ({_line(error)}); "

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .errors import UserError
-from .text import clean_name
+from .names import clean_name
 
 LOCATIONS = ("random", "top", "bottom")
 MAX_LINES = 3

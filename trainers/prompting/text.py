@@ -15,13 +15,9 @@ import torch.nn.functional as F
 
 from .backbone import Backbone
 from .errors import UserError
+from .names import clean_name
 
 POSITIONS = ("end", "middle", "front")
-
-
-def clean_name(classname: str) -> str:
-    """A class name as it is read and drawn: underscores are spaces (CoOp's convention)."""
-    return classname.replace("_", " ")
 
 
 def encode_tokens(backbone: Backbone, texts: Sequence[str], reserved: int = 0) -> list[list[int]]:

@@ -26,6 +26,7 @@ from yacs.config import CfgNode
 
 from .backbone import Backbone, load_clip
 from .errors import UserError
+from .names import flat_config, relative_path
 from .results import write_results, write_text
 
 PRECISIONS = ("fp16", "fp32", "amp")
@@ -227,8 +228,8 @@ class PromptTrainer(TrainerX):
             self.scaler.load_state_dict(checkpoint["scaler"])
         if here:  # the best model so far lies in this folder
             self.best_result = checkpoint.get("best_result", self.best_result)
-        for name, value in checkpoint.get("watch", {}).items():
-            setattr(self.watch, name, value)
+        if checkpoint.get("watch"):
+            self.watch.best, self.watch.collapsed = (checkpoint["watch"][key] for key in ("best", "collapsed"))
         # The optimiser's state brought its learning rate along; instead, a fresh schedule is wound forward to here.
         for group in self.optim.param_groups:
             group["lr"] = group["initial_lr"]
@@ -250,7 +251,7 @@ class PromptTrainer(TrainerX):
             raise UserError(f"{path} was trained on other classes: {remedy}")
         if "config" not in checkpoint:
             return
-        before, now = (_flat(CfgNode.load_cfg(text)) for text in (checkpoint["config"], self.cfg.dump()))
+        before, now = (flat_config(CfgNode.load_cfg(text)) for text in (checkpoint["config"], self.cfg.dump()))
         keys = [*IDENTITY, *(key for key in sorted(before.keys() | now.keys()) if not key.startswith(FREE_KEYS))]
         for key in keys if every_key else IDENTITY:
             if before.get(key) != now.get(key):
@@ -320,8 +321,7 @@ class PromptTrainer(TrainerX):
 
     def relative_paths(self, batch: dict[str, Any]) -> list[str]:
         """Paths of a batch's images relative to the data root, with forward slashes."""
-        root = os.path.abspath(os.path.expanduser(self.cfg.DATASET.ROOT))
-        return [os.path.relpath(path, root).replace(os.sep, "/") for path in batch["impath"]]
+        return [relative_path(path, self.cfg.DATASET.ROOT) for path in batch["impath"]]
 
     def _write_config(self) -> None:
         """``config.yaml``: every key of this run, to be read by people and by ``--config-file``."""
@@ -379,8 +379,8 @@ class CollapseWatch:
         if collapsed and not self.collapsed:
             print(
                 f"WARNING: training collapses: {accuracy:.1f} % of training images are recognised in epoch {epoch}, "
-                f"{self.best:.1f} % were before (chance is {self.chance:.1f} %). Lower OPTIM.LR or choose another "
-                "TRAINER.LOGOPROMPT.LOSS; a backbone that cannot read class names does not profit from this method."
+                f"{self.best:.1f} % were before (chance is {self.chance:.1f} %). Lower OPTIM.LR, or with "
+                "LoGoPrompt choose another LOSS; its method does not help a backbone that cannot read class names."
             )
         self.collapsed = collapsed
 
@@ -396,14 +396,6 @@ def mend_warmup() -> None:
         LRScheduler.__init__(self, optimizer, last_epoch)
 
     warmup.__init__ = init
-
-
-def _flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
-    """A config as {dotted key: value}."""
-    flat: dict[str, Any] = {}
-    for key, value in cfg.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {prefix + key: value})
-    return flat
 
 
 def _grad_scaler() -> Any:

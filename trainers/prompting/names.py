@@ -1,0 +1,26 @@
+"""Names as all parts see them: of classes, of images, of config keys."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from yacs.config import CfgNode
+
+
+def clean_name(classname: str) -> str:
+    """A class name as it is read and drawn: underscores are spaces (CoOp's convention)."""
+    return classname.replace("_", " ")
+
+
+def relative_path(path: str, root: str) -> str:
+    """An image's path relative to the data root, with forward slashes: the same wherever the data lies."""
+    return os.path.relpath(path, os.path.abspath(os.path.expanduser(root))).replace(os.sep, "/")
+
+
+def flat_config(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """A config as {dotted key: value}."""
+    flat: dict[str, Any] = {}
+    for key, value in cfg.items():
+        flat.update(flat_config(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {prefix + key: value})
+    return flat
