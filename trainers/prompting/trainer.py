@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from typing import Any, Optional
 
 import dassl.optim.lr_scheduler as dassl_schedules
+import PIL
 import torch
 import torch.nn as nn
 from dassl.engine import TrainerX
@@ -347,6 +348,7 @@ class PromptTrainer(TrainerX):
                 "collapsed": self.watch.collapsed if trained else None,
             },
             "torch": torch.__version__,
+            "pillow": PIL.__version__,  # it draws the names, and not to the pixel alike in all versions
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
         }
         print(f"Results saved to {write_results(cfg.OUTPUT_DIR, results)}")
