@@ -101,6 +101,35 @@ def test_selection_equals_the_loop(clip_file, k, classes):
             assert scores[i].exp().tolist() == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize("use", ["none", "text_augmentation", "paired"])
+def test_ablations_of_table_4a_equal_the_loop(clip_file, use):
+    model, whole = (build(clip_file, K=3, VISUAL_PROMPT=v) for v in (use, "selection"))
+    for m in (model, whole):
+        m.backbone.logit_scale.data.fill_(2.5)
+    images, labels = torch.randn(4, 3, SIZE, SIZE), torch.tensor([0, 3, 3, 7])
+    torch.manual_seed(7)
+    losses, _ = model(images, labels)
+    torch.manual_seed(7)
+    places = random_places(4, SIZE, model.block, "random").tolist()
+    with torch.no_grad():
+        text = naive_text_features(model)
+        for i, (image, y) in enumerate(zip(images, labels.tolist())):
+            p = naive_probabilities(model, image, text)[y]
+            pasted = naive_paste(image, model.visual_prompts[y], *places[i])
+            conditional = naive_probabilities(model, pasted, text)[y]
+            if use == "none":
+                assert losses[i].item() == pytest.approx(-math.log(p), abs=2e-3)
+            elif use == "text_augmentation":
+                assert losses[i].item() == pytest.approx(-(math.log(p) + math.log(conditional)) / 2, abs=2e-3)
+        if use == "paired":  # trained like the whole method
+            torch.manual_seed(7)
+            torch.testing.assert_close(losses, whole(images, labels)[0])
+        # none of them selects: the original image alone decides
+        scores = model.select(images, list("abcd"), model.text_features())
+        expected = [naive_probabilities(model, image, text) for image in images]
+        torch.testing.assert_close(scores.exp(), torch.tensor(expected), atol=1e-4, rtol=1e-3)
+
+
 def test_blocks_are_normalised_like_the_images(clip_file):
     raw, normalised = build(clip_file, transforms=()), build(clip_file)
     assert raw.visual_prompts.shape == (len(NAMES), 3, 9, SIZE) and raw.visual_prompts.min() >= 0

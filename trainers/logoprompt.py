@@ -30,6 +30,8 @@ from .prompting.synthetic import (
 from .prompting.text import PromptLearner, TextEncoder
 from .prompting.trainer import PromptTrainer
 
+# Table 4a: what the visual prompts are used for. Ours is "selection"; "none" is CoOp's loss and prediction.
+VISUAL_PROMPTS = ("selection", "paired", "text_augmentation", "none")
 CHUNK = 256  # class-conditional images pasted and encoded at a time
 
 
@@ -39,6 +41,7 @@ def extend_cfg(cfg: CN) -> None:
     cfg.TRAINER.LOGOPROMPT.N_CTX = 16  # M, number of context vectors
     cfg.TRAINER.LOGOPROMPT.CTX_INIT = ""  # words the context starts from; empty: random
     cfg.TRAINER.LOGOPROMPT.PREC = "fp16"  # fp16, fp32, amp
+    cfg.TRAINER.LOGOPROMPT.VISUAL_PROMPT = "selection"  # selection, paired, text_augmentation or none (Table 4a)
     cfg.TRAINER.LOGOPROMPT.K = 5  # hard negatives in training, candidates at test time
     cfg.TRAINER.LOGOPROMPT.LOSS = "infonce"  # paper (Eq. 3 as printed) or infonce (positive in the denominator too)
     cfg.TRAINER.LOGOPROMPT.BLOCK_HEIGHT = 1 / 7  # h / H
@@ -62,6 +65,7 @@ class CustomCLIP(nn.Module):
     def __init__(self, cfg: CN, classnames: Sequence[str], clip_model: Backbone) -> None:
         super().__init__()
         method = cfg.TRAINER.LOGOPROMPT
+        self.visual_prompt = method.VISUAL_PROMPT
         self.k, self.loss_form, self.location, self.seed = method.K, method.LOSS, method.LOCATION, method.VISUAL_SEED
         self.backbone = clip_model
         self.image_size = clip_model.input_resolution
@@ -107,19 +111,30 @@ class CustomCLIP(nn.Module):
         return torch.cat(pieces).view(len(image), n, -1)
 
     def forward(self, image: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Training (3.3): images (B, 3, H, W) and labels (B,) -> losses (B,) and log p(c|x) (B, C)."""
+        """Training (3.3): images (B, 3, H, W) and labels (B,) -> losses (B,) and log p(c|x) (B, C).
+
+        The ablations of Table 4a are trained by cross-entropy: on the original images (``none``), or on them and on
+        the images with the block of their class (``text_augmentation``); ``paired`` is trained as ``selection`` is.
+        """
         with torch.no_grad():  # the image encoder is frozen and so are the visual prompts: the graph is the text's
             image_features = self.backbone.encode_image(image)
         text_features = self.text_features()
         log_p = self.log_p(image_features, text_features)
 
+        if self.visual_prompt == "none":
+            return -log_p.gather(1, label.unsqueeze(1)).squeeze(1), log_p
+
         # The group of an image: real {(x, y), (x_y, y)}, negative {(x, c_k), (x_{c_k}, c_k)}.
-        negatives = hard_negatives(log_p.detach(), label, self.k)
+        k = 0 if self.visual_prompt == "text_augmentation" else self.k
+        negatives = hard_negatives(log_p.detach(), label, k)
         classes = torch.cat([label.unsqueeze(1), negatives], dim=1)  # y, c_1 … c_K
         places = random_places(len(image), self.image_size, self.block, self.location)
         conditional = self.conditional_features(image, classes, places)
         original_p = log_p.gather(1, classes)  # log p(y|x), log p(c_k|x)
         conditional_p = self.log_p(conditional, text_features).gather(2, classes.unsqueeze(2)).squeeze(2)
+
+        if self.visual_prompt == "text_augmentation":
+            return -(original_p[:, 0] + conditional_p[:, 0]) / 2, log_p
 
         # Eq. 3
         loss = min_max_loss(
@@ -137,9 +152,12 @@ class CustomCLIP(nn.Module):
             text_features: (C, E).
 
         Returns:
-            (B, C) scores, -inf for classes that were not among the top K.
+            (B, C) scores, -inf for classes that were not among the top K. Without selection (the ablations of
+            Table 4a) log p(c|x).
         """
         log_p = self.log_p(self.backbone.encode_image(image), text_features)
+        if self.visual_prompt != "selection":
+            return log_p
         candidates = top_classes(log_p, self.k)
         places = fixed_places(paths, self.seed, self.image_size, self.block, self.location)
         conditional = self.conditional_features(image, candidates, places)
@@ -156,7 +174,7 @@ class LoGoPrompt(PromptTrainer):
     def check_cfg(self, cfg: CN) -> None:
         super().check_cfg(cfg)
         method = cfg.TRAINER.LOGOPROMPT
-        for key, allowed in (("LOSS", LOSSES), ("LOCATION", LOCATIONS)):
+        for key, allowed in (("VISUAL_PROMPT", VISUAL_PROMPTS), ("LOSS", LOSSES), ("LOCATION", LOCATIONS)):
             if method[key] not in allowed:
                 raise UserError(f"TRAINER.LOGOPROMPT.{key} {method[key]}: choose one of {', '.join(allowed)}")
         if method.K < 1:
