@@ -2,6 +2,6 @@
 
 import fallback  # noqa: F401 (must come first: it makes `import dassl` work)
 
-from . import caltech101
+from . import caltech101, shapes
 
-__all__ = ["caltech101"]
+__all__ = ["caltech101", "shapes"]

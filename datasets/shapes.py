@@ -1,0 +1,106 @@
+"""The embedded world: drawings of 32 kinds of things, made on first use and kept below the data root, no download.
+
+``Shapes`` is the data set; ``ShapesShifted`` draws the same kinds in another style, on other backgrounds and with more
+noise, as a target domain. Neither style is among those that the embedded CLIP was pre-trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import zlib
+from typing import Any
+
+from dassl.data.datasets import DATASET_REGISTRY
+from numpy.random import RandomState
+from tqdm import tqdm
+
+from trainers.prompting.errors import UserError
+
+from .drawing import KINDS, STYLES, draw
+from .splits import SplitDataset, data_root
+
+VERSION = 1  # of the drawings: counts up when they change
+MARK = "drawn.json"  # written last: the folder is whole, and what it holds
+PIXELS = 128
+COUNTS = {"train": 32, "val": 20, "test": 50}  # images of each kind
+
+
+class DrawnDataset(SplitDataset):
+    """A data set that is drawn where it is missing. An image is a function of its style, split, kind and number.
+
+    Raises:
+        UserError: the folder is there and holds something else.
+    """
+
+    style: str
+
+    def __init__(self, cfg: Any) -> None:
+        if cfg.DATASET.ROOT:
+            os.makedirs(os.path.expanduser(cfg.DATASET.ROOT), exist_ok=True)
+        draw_dataset(os.path.join(data_root(cfg), self.dataset_dir), self.style, self.split_file)
+        super().__init__(cfg)
+
+
+@DATASET_REGISTRY.register()
+class Shapes(DrawnDataset):
+    """``<root>/shapes/images/<kind>/<split>_01.png``."""
+
+    dataset_dir, split_file, style = "shapes", "split_zhou_Shapes.json", "scene"
+
+
+@DATASET_REGISTRY.register()
+class ShapesShifted(DrawnDataset):
+    """``<root>/shapes_shifted/images/<kind>/<split>_01.png``."""
+
+    dataset_dir, split_file, style = "shapes_shifted", "split_zhou_ShapesShifted.json", "chalk"
+
+
+def draw_dataset(folder: str, style: str, split_file: str) -> None:
+    """Draw a whole data set with its split file, unless it is there; another process may do the same meanwhile."""
+    wanted = {"version": VERSION, "style": style, "pixels": PIXELS, "counts": COUNTS, "kinds": sorted(KINDS)}
+    if _is_drawn(folder, wanted):
+        return
+    temporary = tempfile.mkdtemp(dir=os.path.dirname(folder), prefix=f".{os.path.basename(folder)}-")
+    try:
+        split: dict[str, list] = {part: [] for part in COUNTS}
+        jobs = [
+            (label, kind, part, i)
+            for label, kind in enumerate(sorted(KINDS))
+            for part, count in COUNTS.items()
+            for i in range(count)
+        ]
+        print(f"Drawing {len(jobs)} images into {folder}")
+        for label, kind, part, i in tqdm(jobs, desc=os.path.basename(folder), disable=not sys.stderr.isatty()):
+            path = f"{kind.replace(' ', '_')}/{part}_{i + 1:02d}.png"
+            random = RandomState([VERSION, *(zlib.crc32(word.encode()) for word in (style, part, kind)), i])
+            os.makedirs(os.path.join(temporary, "images", os.path.dirname(path)), exist_ok=True)
+            draw(kind, STYLES[style], random, PIXELS).image.save(os.path.join(temporary, "images", path))
+            split[part].append([path, label, kind])
+        for name, content in ((split_file, split), (MARK, wanted)):
+            with open(os.path.join(temporary, name), "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1)
+        os.chmod(temporary, 0o755)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not _is_drawn(folder, wanted):  # nobody else was faster: the disk has another reason
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_drawn(folder: str, wanted: dict[str, Any]) -> bool:
+    if not os.path.isdir(folder):
+        return False
+    try:
+        with open(os.path.join(folder, MARK), encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError):
+        found = None
+    if found != wanted:
+        raise UserError(f"{folder}: not drawn by this version; delete the folder and it is drawn anew")
+    return True
