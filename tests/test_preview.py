@@ -1,18 +1,13 @@
 """tools/preview.py: pictures of the right things in the right places, mistakes in one line."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
 from tiny import NAMES
 
+import preview
 from trainers.prompting.synthetic import fixed_places, render_blocks
-
-spec = importlib.util.spec_from_file_location("preview", ROOT / "tools" / "preview.py")
-preview = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(preview)
 
 
 def pixels(path):
