@@ -65,6 +65,21 @@ def test_three_numbers_from_another_folder(trainer, data_root, rn_file, tmp_path
     assert read_results(str(folders[0]))["metrics"]["accuracy"] == measured[0]
 
 
+@pytest.mark.parametrize(
+    "dataset, config",
+    [
+        ("caltech101", "vit_b16_ctxv1"),
+        ("shapes", "tiny96_ep10_ctxv1"),  # the embedded world comes with its own CLIP
+        ("shapes_shifted", "tiny96_ep10_ctxv1"),
+    ],
+)
+def test_the_config_that_belongs_to_a_data_set(dataset, config, tmp_path):
+    done = run(tmp_path, dataset, "1", OUTPUT="out", CFG="", PYTHON="echo")  # prints what it would run
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"--config-file configs/trainers/LoGoPrompt/{config}.yaml") == 2
+    assert done.stdout.count(f"--dataset-config-file configs/datasets/{dataset}.yaml") == 2
+
+
 def test_usage_and_failures_end_with_status_2(tmp_path, data_root, rn_file):
     done = run(tmp_path, "caltech101")
     assert done.returncode == 2 and "usage:" in done.stderr

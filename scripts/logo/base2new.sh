@@ -41,7 +41,11 @@ TRAINER=${TRAINER:-LoGoPrompt}
 SHOTS=${SHOTS:-16}
 if [ -z "${CFG:-}" ]; then
     # CoOp's schedule: 200 epochs for 16 shots, 50 on ImageNet
-    if [ "$DATASET" = imagenet ]; then CFG=vit_b16_ep50_ctxv1; else CFG=vit_b16_ctxv1; fi
+    case $DATASET in
+        imagenet) CFG=vit_b16_ep50_ctxv1 ;;
+        shapes*) CFG=tiny96_ep10_ctxv1 ;; # the embedded world, with the embedded CLIP
+        *) CFG=vit_b16_ctxv1 ;;
+    esac
 fi
 CFG_DIR=$TRAINER
 if [ "$TRAINER" = ZeroshotCLIP ]; then CFG_DIR=CoOp; fi # as in CoOp: it has no settings of its own
