@@ -1,4 +1,5 @@
 # make test     sets up .venv if need be, then runs the tests
+# make demo     the whole method on the embedded world; sets up .venv if need be, then takes minutes
 # make install  sets up .venv
 # make lint     ruff, check only
 # make format   ruff, in place
@@ -6,10 +7,13 @@ PYTHON ?= python3
 VENV ?= .venv
 STAMP = $(VENV)/.installed
 
-.PHONY: test install lint format
+.PHONY: test demo install lint format
 
 test: install
 	$(VENV)/bin/python -m pytest
+
+demo: install
+	$(VENV)/bin/python tools/demo.py
 
 install: $(STAMP)
 
