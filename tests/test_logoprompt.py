@@ -143,14 +143,22 @@ def test_a_class_keeps_its_block_in_every_subset(clip_file):
     assert torch.equal(everything.visual_prompts[4:], new.visual_prompts)
 
 
-def test_gradients_reach_the_context_and_nothing_else(clip_file):
-    model = build(clip_file)
+@pytest.mark.parametrize("text", ["two_stage", "generic"])
+def test_gradients_reach_the_text_prompts_and_nothing_else(clip_file, text):
+    model = build(clip_file, TEXT_PROMPT=text)
     visual_graph = []
     model.backbone.visual.register_forward_hook(lambda m, i, output: visual_graph.append(output.requires_grad))
-    losses, _ = model(torch.randn(4, 3, SIZE, SIZE), torch.arange(4))
-    losses.sum().backward()
-    assert [n for n, p in model.named_parameters() if p.grad is not None] == ["prompt_learner.ctx"]
-    assert model.prompt_learner.ctx.grad.abs().max() > 0
+    mlp = [f"meta_net.linear{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")]
+    stages = {"generic": [["ctx"]], "two_stage": [mlp, ["ctx"]]}[text]
+    for i, expected in enumerate(stages):
+        if i == 1:
+            model.prompt_learner.begin_stage_2()
+        model.zero_grad(set_to_none=True)
+        losses, _ = model(torch.randn(4, 3, SIZE, SIZE), torch.arange(4))
+        losses.sum().backward()
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert list(found) == [f"prompt_learner.{name}" for name in expected]
+        assert found[f"prompt_learner.{expected[-1]}"].abs().max() > 0
     assert not any(visual_graph) and not model.visual_prompts.requires_grad
 
 

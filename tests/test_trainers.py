@@ -23,6 +23,8 @@ def run(data_root, rn_file, tmp_path, monkeypatch):
     def call(trainer, *opts, flags=(), out="run", seed=1, status=0):
         built = []
         monkeypatch.setattr(train, "build_trainer", lambda cfg: built.append(original(cfg)) or built[0])
+        if trainer == "LoGoPrompt":  # test_two_stage.py has the other prompts
+            opts = ("TRAINER.LOGOPROMPT.TEXT_PROMPT", "generic", *opts)
         arguments_ = arguments(trainer, data_root, rn_file, tmp_path / out, *opts, flags=flags, seed=seed)
         assert train.main(arguments_) == status
         sys.stdout.flush()  # of the log

@@ -18,6 +18,8 @@ from .errors import UserError
 from .names import clean_name
 
 POSITIONS = ("end", "middle", "front")
+HAND_MADE = "a photo of a {}."  # the prompt that class-specific contexts are generated from
+REDUCTION = 16  # E / hidden units of the MLP that does so, as in CoCoOp's Meta-Net
 
 
 def encode_tokens(backbone: Backbone, texts: Sequence[str], reserved: int = 0) -> list[list[int]]:
@@ -166,11 +168,98 @@ class PromptLearner(nn.Module):
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (C, L, D) prompts for :class:`TextEncoder` and the (C,) positions of their [EOT]."""
-        ctx = self.ctx.expand(self.n_cls, -1, -1)  # a generic context is the same for every class
+        return self.around(self.ctx.expand(self.n_cls, -1, -1))  # a generic context is the same for every class
+
+    def around(self, ctx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put [SOS], names and [EOT] around contexts (C, M, D); returns what :meth:`forward` does."""
         prompts = torch.cat([self.token_prefix, ctx, self.token_suffix], dim=1)
         if self.order is not None:
             prompts = prompts.gather(1, self.order.unsqueeze(-1).expand_as(prompts))
         return prompts, self.eot
+
+
+class TwoStagePromptLearner(PromptLearner):
+    """Class-specific contexts in two stages (section 3.1, "class-specific text prompts").
+
+    Stage 1: a light MLP turns the text feature of a class's hand-made prompt into the M context vectors of that class.
+    Stage 2: what it generates for the classes of the training run becomes parameters of their own. Classes that were
+    not trained keep the context of stage 1, so the prompts serve any list of classes.
+
+    Parameters are ``meta_net`` (the MLP), which stage 1 trains, and ``ctx`` (C, M, D), which stage 2 trains. The buffer
+    ``trained`` (C,) says which classes have a context of stage 2; all three make up the state dict.
+
+    Args:
+        backbone, classnames, n_ctx, ctx_init: as for :class:`PromptLearner`. The MLP's output at initialisation is the
+            initial context, the same for all classes.
+    """
+
+    def __init__(self, backbone: Backbone, classnames: Sequence[str], n_ctx: int = 16, ctx_init: str = "") -> None:
+        super().__init__(backbone, classnames, n_ctx, ctx_init)
+        initial = self.ctx.detach()  # (M, D)
+        self.classnames = list(classnames)
+        hand_made = encode_texts(backbone, [HAND_MADE.format(clean_name(name)) for name in classnames])
+        self.register_buffer("hand_made", hand_made, persistent=False)  # (C, E)
+        n_in = hand_made.shape[1]
+        self.meta_net = nn.Sequential()
+        self.meta_net.add_module("linear1", nn.Linear(n_in, max(1, n_in // REDUCTION)))
+        self.meta_net.add_module("relu", nn.ReLU(inplace=True))
+        self.meta_net.add_module("linear2", nn.Linear(max(1, n_in // REDUCTION), initial.numel()))
+        nn.init.zeros_(self.meta_net.linear2.weight)
+        with torch.no_grad():
+            self.meta_net.linear2.bias.copy_(initial.flatten())
+        self.meta_net.to(device=initial.device, dtype=initial.dtype)
+        self.ctx = nn.Parameter(initial.expand(self.n_cls, -1, -1).clone())
+        self.register_buffer("trained", torch.zeros(self.n_cls, dtype=torch.bool, device=initial.device))
+
+    def generate(self) -> torch.Tensor:
+        """Stage 1: (C, M, D) contexts of all classes."""
+        return self.meta_net(self.hand_made.to(self.ctx.dtype)).view_as(self.ctx)
+
+    @torch.no_grad()
+    def begin_stage_2(self) -> None:
+        """Make parameters of what the MLP generates for the classes at hand."""
+        self.ctx.copy_(self.generate())
+        self.trained.fill_(True)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (C, L, D) prompts for :class:`TextEncoder` and the (C,) positions of their [EOT]."""
+        if self.trained.all():  # stage 2: the MLP is left as it is
+            return self.around(self.ctx)
+        if not self.trained.any():
+            return self.around(self.generate())
+        return self.around(torch.where(self.trained[:, None, None], self.ctx, self.generate()))
+
+    def adapt(self, state: dict[str, torch.Tensor], classnames: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Turn the state dict of a learner of other classes into one for the classes at hand.
+
+        A class takes the stage-2 context of the class of the same name; where a name occurs several times, the first
+        takes the first one's, the second the second one's, and so on. Names that were not trained use stage 1.
+
+        Args:
+            state: with ``ctx`` and ``trained`` of the classes ``classnames``.
+        """
+        rows = torch.tensor(matching_names(self.classnames, classnames), dtype=torch.long)
+        found = rows >= 0
+        source = state["ctx"]
+        ctx = source.new_zeros(len(rows), *source.shape[1:])
+        trained = torch.zeros(len(rows), dtype=torch.bool)
+        ctx[found], trained[found] = source[rows[found]], state["trained"][rows[found]]
+        return {**state, "ctx": ctx, "trained": trained}
+
+
+def matching_names(wanted: Sequence[str], known: Sequence[str]) -> list[int]:
+    """For each name wanted its position among the known ones, -1 where there is none; the n-th occurrence of a name
+    matches the n-th occurrence there. Underscores are spaces."""
+    places: dict[str, list[int]] = {}
+    for i, name in enumerate(known):
+        places.setdefault(clean_name(name), []).append(i)
+    seen: dict[str, int] = {}
+    rows = []
+    for name in map(clean_name, wanted):
+        n = seen[name] = seen.get(name, -1) + 1
+        there = places.get(name, [])
+        rows.append(there[n] if n < len(there) else -1)
+    return rows
 
 
 def _prompt_order(name_lens: list[int], n_ctx: int, n_suffix: int, position: str) -> Optional[torch.Tensor]:

@@ -113,6 +113,35 @@ class PromptTrainer(TrainerX):
 
     # ------------------------------------------------------------------------------------------------ training
 
+    def stages(self) -> list[CfgNode]:
+        """The ``OPTIM`` nodes of the stages that training goes through; their ``MAX_EPOCH`` add up to the run's."""
+        return [self.cfg.OPTIM]
+
+    def begin_stage(self, index: int) -> None:
+        """Called before the first epoch of every stage: a schedule of its own begins."""
+        self._schedule(self.stages()[index])
+
+    def before_epoch(self) -> None:
+        super().before_epoch()
+        for index, (first, stage) in enumerate(self._timetable()):
+            if first == self.epoch and stage.MAX_EPOCH > 0:
+                self.begin_stage(index)
+
+    def _timetable(self) -> list[tuple[int, CfgNode]]:
+        """(number of the first epoch, ``OPTIM`` node) of every stage."""
+        stages = self.stages()
+        return [(sum(s.MAX_EPOCH for s in stages[:i]), stage) for i, stage in enumerate(stages)]
+
+    def _schedule(self, optim_cfg: CfgNode, epochs_done: int = 0) -> None:
+        """A fresh schedule, wound forward by the epochs of its stage that are done."""
+        for group in self.optim.param_groups:
+            group["lr"] = group["initial_lr"] = optim_cfg.LR
+        self.sched = self._scheds[PROMPT_LEARNER] = build_lr_scheduler(self.optim, optim_cfg)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # no optimiser step belongs to these
+            for _ in range(epochs_done):
+                self.sched.step()
+
     def loss(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The loss of a batch (a scalar), the (B, C) logits of the original images and the (B,) labels."""
         raise NotImplementedError
@@ -232,13 +261,8 @@ class PromptTrainer(TrainerX):
         if checkpoint.get("watch"):
             self.watch.best, self.watch.collapsed = (checkpoint["watch"][key] for key in ("best", "collapsed"))
         # The optimiser's state brought its learning rate along; instead, a fresh schedule is wound forward to here.
-        for group in self.optim.param_groups:
-            group["lr"] = group["initial_lr"]
-        self.sched = self._scheds[PROMPT_LEARNER] = build_lr_scheduler(self.optim, self.cfg.OPTIM)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # no optimiser step belongs to these
-            for _ in range(epoch):
-                self.sched.step()
+        first, stage = [(first, s) for first, s in self._timetable() if first <= epoch and s.MAX_EPOCH > 0][-1]
+        self._schedule(stage, epoch - first)
         self.epoch = epoch - 1
         if "random" in checkpoint:
             torch.set_rng_state(checkpoint["random"])
@@ -270,6 +294,8 @@ class PromptTrainer(TrainerX):
     def _load_prompt_learner(self, checkpoint: dict[str, Any], path: str) -> None:
         found = {key: value for key, value in checkpoint["state_dict"].items() if key not in DERIVED}
         wanted = self.prompt_learner.state_dict()
+        if found.keys() == wanted.keys() and hasattr(self.prompt_learner, "adapt"):
+            found = self.prompt_learner.adapt(found, checkpoint["classnames"])
         if found.keys() != wanted.keys():
             raise UserError(
                 f"{path} holds {', '.join(found) or 'nothing'}, {self.cfg.TRAINER.NAME} needs {', '.join(wanted)}: "
