@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The rows of Table 4: use, size and place of the visual prompts, number of context vectors. The paper has them on
+# ImageNet with RN50 and 16 shots of all classes.
+#
+#   bash scripts/logo/ablation.sh DATASET [SEED] [KEY VALUE …]      without a seed: 1, 2 and 3
+#
+# Environment as for base2new.sh. A row's runs are in $OUTPUT/ablation/<row>/….
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
+
+arguments "bash ${BASH_SOURCE[0]} DATASET [SEED] [KEY VALUE ...]" DATASET SEED -- "$@"
+if [ "$DATASET" = imagenet ]; then config imagenet rn50_ep50; else config "$DATASET" rn50; fi
+
+OVERRIDES=(${OPTS[@]+"${OPTS[@]}"})
+# row NAME KEY VALUE …
+row() {
+    local name=$1
+    shift
+    OPTS=("$@" ${OVERRIDES[@]+"${OVERRIDES[@]}"})
+    for SEED in $SEEDS; do
+        learn "$OUTPUT/ablation/$name/$DATASET/shots_$SHOTS/$TRAINER/$CFG/seed$SEED" "$DATASET" all
+    done
+}
+
+for USE in none text_augmentation paired selection; do row "4a_$USE" TRAINER.LOGOPROMPT.VISUAL_PROMPT "$USE"; done
+row 4b_1_14 TRAINER.LOGOPROMPT.BLOCK_HEIGHT 0.0714285714
+row 4b_1_7 TRAINER.LOGOPROMPT.BLOCK_HEIGHT 0.1428571429
+row 4b_2_7 TRAINER.LOGOPROMPT.BLOCK_HEIGHT 0.2857142857
+for M in 2 8 16; do row "4c_$M" TRAINER.LOGOPROMPT.CTX_INIT "" TRAINER.LOGOPROMPT.N_CTX "$M"; done
+for PLACE in top bottom random; do row "4d_$PLACE" TRAINER.LOGOPROMPT.LOCATION "$PLACE"; done

@@ -1,0 +1,134 @@
+# What the scripts of this folder share; they source it. Reads the environment (see the README), goes to the
+# repository's root and offers
+#   arguments "USAGE" NAMES… -- WORDS…   words of the command line: NAMES are set in their order, then SEEDS and OPTS
+#   config DATASET [CFG]                 sets CFG; both files must exist
+#   run DIR DATASET SUBSET [FLAGS …] -- [KEY VALUE …]   one run of train.py: skipped when finished, resumed when not
+set -euo pipefail
+unset CDPATH
+
+HERE=$PWD
+ROOT=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.." && pwd)
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+absolute() {
+    case $1 in
+        /*) echo "$1" ;;
+        "~"/*) echo "$HOME/${1#"~"/}" ;;
+        *) echo "$HERE/$1" ;;
+    esac
+}
+
+DATA=$(absolute "${DATA:-$ROOT/data}")
+OUTPUT=$(absolute "${OUTPUT:-$ROOT/output}")
+BACKBONE=${BACKBONE:-}
+if [ -f "$BACKBONE" ] || [[ $BACKBONE == "~"/* ]]; then BACKBONE=$(absolute "$BACKBONE"); fi
+TRAINER=${TRAINER:-LoGoPrompt}
+SHOTS=${SHOTS:-16}
+ASKED_CFG=${CFG:-}
+CFG_DIR=$TRAINER
+if [ "$TRAINER" = ZeroshotCLIP ]; then CFG_DIR=CoOp; fi # as in CoOp: it has no settings of its own
+if [ -z "${PYTHON:-}" ]; then
+    if [ -x "$ROOT/.venv/bin/python" ]; then PYTHON=$ROOT/.venv/bin/python; else PYTHON=python; fi
+fi
+cd "$ROOT"
+
+# A word is a number from 1 on, or the first KEY of the overrides (it has a dot); "" ends the words.
+number() {
+    case $2 in '' | 0* | *[!0-9]*) fail "$1 $2: a whole number from 1 on is needed" ;; esac
+}
+
+arguments() {
+    local usage=$1 name
+    shift
+    local names=()
+    while [ "$1" != -- ]; do names+=("$1"); shift; done
+    shift
+    SEEDS="1 2 3"
+    for name in "${names[@]}"; do
+        if [ "$name" = DATASET ] || [ "$name" = SOURCE ]; then
+            if [ $# -eq 0 ] || [[ $1 == *.* ]]; then
+                echo "usage: $usage" >&2
+                exit 2
+            fi
+            printf -v "$name" %s "$1"
+        elif [ $# -eq 0 ] || [[ $1 == *.* ]]; then
+            break
+        else
+            number "$name" "$1"
+            if [ "$name" = SEED ]; then SEEDS=$1; else printf -v "$name" %s "$1"; fi
+        fi
+        shift
+    done
+    OPTS=("$@")
+}
+
+config() {
+    CFG=${ASKED_CFG:-$2}
+    # the embedded world, with the embedded CLIP
+    if [ -z "$ASKED_CFG" ] && [[ $1 == shapes* ]]; then CFG=tiny96_ep10_ctxv1; fi
+    local file
+    for file in "configs/datasets/$1.yaml" "configs/trainers/$CFG_DIR/$CFG.yaml"; do
+        if [ ! -f "$file" ]; then fail "$ROOT/$file: no such file; see the data set, TRAINER and CFG"; fi
+    done
+}
+
+run() {
+    local dir=$1 dataset=$2 subset=$3 flags=()
+    shift 3
+    while [ "$1" != -- ]; do flags+=("$1"); shift; done
+    shift
+    # What the folder's name does not say, so that an old result is never taken for that of another command.
+    local config="configs/trainers/$CFG_DIR/$CFG.yaml" asked
+    asked="BACKBONE=$BACKBONE $config ($(cksum < "$config" | cut -d' ' -f1)) $*"
+    if [ -f "$dir/results.json" ] || [ -f "$dir/prompt_learner/checkpoint" ]; then
+        if [ "$(cat "$dir/asked.txt" 2> /dev/null)" != "$asked" ]; then
+            fail "$dir belongs to another run ($(cat "$dir/asked.txt" 2> /dev/null), now $asked): set OUTPUT or delete it"
+        fi
+    fi
+    if [ -f "$dir/results.json" ]; then
+        echo "finished before, skipped: $dir"
+        return
+    fi
+    mkdir -p "$dir" || exit 2
+    printf '%s\n' "$asked" > "$dir/asked.txt"
+    "$PYTHON" train.py \
+        --root "$DATA" \
+        --seed "$SEED" \
+        --trainer "$TRAINER" \
+        ${BACKBONE:+--backbone "$BACKBONE"} \
+        --dataset-config-file "configs/datasets/$dataset.yaml" \
+        --config-file "$config" \
+        --output-dir "$dir" \
+        ${flags[@]+"${flags[@]}"} \
+        DATASET.NUM_SHOTS "$SHOTS" \
+        DATASET.SUBSAMPLE_CLASSES "$subset" \
+        "$@"
+}
+
+# learn DIR DATASET SUBSET: a training run with its test, or for ZeroshotCLIP the test alone
+learn() {
+    if [ "$TRAINER" = ZeroshotCLIP ]; then
+        run "$1" "$2" "$3" --eval-only -- ${OPTS[@]+"${OPTS[@]}"}
+    else
+        run "$1" "$2" "$3" -- ${OPTS[@]+"${OPTS[@]}"}
+    fi
+}
+
+# transfer KIND SOURCE TARGETS CFG: train on all classes of SOURCE, test there and on the TARGETS
+transfer() {
+    local kind=$1 source=$2 targets=$3 target common dir
+    config "$source" "$4"
+    for target in $targets; do config "$target" "$CFG"; done
+    for SEED in $SEEDS; do
+        common=shots_$SHOTS/$TRAINER/$CFG/seed$SEED
+        dir=$OUTPUT/$kind/source/$source/$common
+        learn "$dir" "$source" all
+        for target in $targets; do
+            run "$OUTPUT/$kind/target/$target/$common" "$target" all --eval-only --model-dir "$dir" -- ${OPTS[@]+"${OPTS[@]}"}
+        done
+    done
+}

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Domain generalization: train on all classes of SOURCE, test there and on the same classes in the TARGETS.
+#
+#   bash scripts/logo/domain_generalization.sh [SEED] [KEY VALUE …]      without a seed: 1, 2 and 3
+#
+# Environment as for base2new.sh, and SOURCE (imagenet), TARGETS (ImageNetV2, -Sketch, -A, -R). In the embedded world:
+# SOURCE=shapes TARGETS=shapes_shifted.
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
+
+arguments "bash ${BASH_SOURCE[0]} [SEED] [KEY VALUE ...]" SEED -- "$@"
+transfer domain_generalization "${SOURCE:-imagenet}" \
+    "${TARGETS:-imagenetv2 imagenet_sketch imagenet_a imagenet_r}" vit_b16_ep50_ctxv1

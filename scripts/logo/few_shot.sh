@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Few-shot classification: all classes, 1 to 16 training images of each, accuracy on the test images.
+#
+#   bash scripts/logo/few_shot.sh DATASET [SHOTS [SEED]] [KEY VALUE …]      without shots: 1, 2, 4, 8, 16; seeds 1, 2, 3
+#
+# Environment as for base2new.sh.
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
+
+SHOTS="1 2 4 8 16"
+arguments "bash ${BASH_SOURCE[0]} DATASET [SHOTS [SEED]] [KEY VALUE ...]" DATASET SHOTS SEED -- "$@"
+for SHOTS in $SHOTS; do
+    # CoOp's schedule
+    case $DATASET/$SHOTS in
+        imagenet/* | */1) config "$DATASET" rn50_ep50 ;;
+        */2 | */4) config "$DATASET" rn50_ep100 ;;
+        *) config "$DATASET" rn50 ;;
+    esac
+    for SEED in $SEEDS; do
+        learn "$OUTPUT/few_shot/$DATASET/shots_$SHOTS/$TRAINER/$CFG/seed$SEED" "$DATASET" all
+    done
+done
