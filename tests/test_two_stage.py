@@ -9,7 +9,9 @@ from tiny import NAMES, arguments
 
 import train
 from trainers.prompting.backbone import load_clip
-from trainers.prompting.text import PromptLearner, TextEncoder, TwoStagePromptLearner, encode_texts, matching_names
+from trainers.prompting.names import matching_names
+from trainers.prompting.text import PromptLearner, TextEncoder, TwoStagePromptLearner, encode_texts
+from trainers.prompting.trainer import per_class_state
 
 WORDS = "a photo of a"
 BASE, NEW = NAMES[:4], NAMES[4:]
@@ -96,8 +98,8 @@ def test_trained_prompts_of_base_classes_leave_new_classes_to_stage_1(backbone):
         base.ctx += torch.randn_like(base.ctx)
     encode = TextEncoder(backbone)
     alone, mixed, untrained = (TwoStagePromptLearner(backbone, n, n_ctx=2) for n in (NEW, [*NEW, *BASE], NEW))
-    for ours in (alone, mixed):
-        ours.load_state_dict(ours.adapt(base.state_dict(), BASE))
+    for ours, names in ((alone, NEW), (mixed, [*NEW, *BASE])):
+        ours.load_state_dict(per_class_state(ours, base.state_dict(), names, BASE))
     untrained.meta_net.load_state_dict(base.meta_net.state_dict())
     stage_1 = encode(*untrained())
     torch.testing.assert_close(encode(*alone()), stage_1)
@@ -112,8 +114,9 @@ def test_duplicates_of_a_name_keep_their_own_contexts(backbone):
     base.begin_stage_2()
     with torch.no_grad():
         base.ctx += torch.randn_like(base.ctx)
-    other = TwoStagePromptLearner(backbone, ["crane", "crane", "key"], n_ctx=2)
-    other.load_state_dict(other.adapt(base.state_dict(), names))
+    wanted = ["crane", "crane", "key"]
+    other = TwoStagePromptLearner(backbone, wanted, n_ctx=2)
+    other.load_state_dict(per_class_state(other, base.state_dict(), wanted, names))
     assert torch.equal(other.ctx[:2], base.ctx[[0, 2]]) and not torch.equal(other.ctx[0], other.ctx[1])
     assert other.trained.tolist() == [True, True, False]
 

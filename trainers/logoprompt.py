@@ -8,11 +8,12 @@ C classes, frozen encoders f (image) and g (text), visual prompt V_c, class-cond
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn as nn
 from dassl.engine import TRAINER_REGISTRY
+from torch.utils.checkpoint import checkpoint
 from yacs.config import CfgNode as CN
 
 from .prompting.backbone import Backbone
@@ -21,6 +22,7 @@ from .prompting.selection import LOSSES, hard_negatives, log_probabilities, min_
 from .prompting.synthetic import (
     LOCATIONS,
     MAX_CONTRAST,
+    VisualPrompts,
     block_size,
     fixed_places,
     paste,
@@ -34,6 +36,7 @@ TEXT_PROMPTS = ("two_stage", "generic")
 # Table 4a: what the visual prompts are used for. Ours is "selection"; "none" is CoOp's loss and prediction.
 VISUAL_PROMPTS = ("selection", "paired", "text_augmentation", "none")
 CHUNK = 256  # class-conditional images pasted and encoded at a time
+GRADIENT_CHUNK = 64  # the same where activations are kept for a gradient
 
 
 def extend_cfg(cfg: CN) -> None:
@@ -48,6 +51,8 @@ def extend_cfg(cfg: CN) -> None:
     cfg.TRAINER.LOGOPROMPT.STAGE1_EPOCHS = -1
     cfg.TRAINER.LOGOPROMPT.STAGE2_LR = 0.0  # learning rate of stage 2; 0: OPTIM.LR
     cfg.TRAINER.LOGOPROMPT.VISUAL_PROMPT = "selection"  # selection, paired, text_augmentation or none (Table 4a)
+    cfg.TRAINER.LOGOPROMPT.TUNE_VISUAL = False  # optimise the pixels of the visual prompts too
+    cfg.TRAINER.LOGOPROMPT.VISUAL_LR = 1.0  # their learning rate, of colours in [0, 1]; OPTIM's schedule scales it
     cfg.TRAINER.LOGOPROMPT.K = 5  # hard negatives in training, candidates at test time
     cfg.TRAINER.LOGOPROMPT.LOSS = "infonce"  # paper (Eq. 3 as printed) or infonce (positive in the denominator too)
     cfg.TRAINER.LOGOPROMPT.BLOCK_HEIGHT = 1 / 7  # h / H
@@ -81,13 +86,25 @@ class CustomCLIP(nn.Module):
         self.prompt_learner = learner(clip_model, classnames, method.N_CTX, method.CTX_INIT)
         self.text_encoder = TextEncoder(clip_model)
 
-        # 3.2 Class-wise visual prompts V_c, (C, 3, h, w), normalised like the images they are pasted into.
+        # 3.2 Class-wise visual prompts V_c. They start as rendered class names; tunable ones are learned from there.
         blocks = draw_visual_prompts(method, classnames, self.image_size)
         self.block = tuple(blocks.shape[-2:])  # (h, w)
+        mean, std = torch.zeros(3), torch.ones(3)
         if "normalize" in cfg.INPUT.TRANSFORMS:
-            mean, std = (torch.tensor(v).view(3, 1, 1) for v in (cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD))
-            blocks = (blocks - mean) / std
-        self.register_buffer("visual_prompts", blocks, persistent=False)
+            mean, std = torch.tensor(cfg.INPUT.PIXEL_MEAN), torch.tensor(cfg.INPUT.PIXEL_STD)
+        self.register_buffer("mean", mean.view(3, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(3, 1, 1), persistent=False)
+        self.tune_visual = method.TUNE_VISUAL
+        if self.tune_visual:
+            self.prompt_learner.visual_prompts = VisualPrompts(blocks)
+        else:
+            self.register_buffer("blocks", blocks, persistent=False)
+
+    @property
+    def visual_prompts(self) -> torch.Tensor:
+        """V_c: (C, 3, h, w), normalised like the images they are pasted into."""
+        blocks = self.prompt_learner.visual_prompts() if self.tune_visual else self.blocks
+        return (blocks - self.mean) / self.std
 
     def text_features(self) -> torch.Tensor:
         """g(p_c): (C, E), of unit length."""
@@ -97,9 +114,11 @@ class CustomCLIP(nn.Module):
         """log p(c|x), the softmax over all C classes of cos(f(x), g(p_c)) / tau: (…, E), (C, E) -> (…, C)."""
         return log_probabilities(self.backbone.logits(image_features, text_features))
 
-    @torch.no_grad()
     def conditional_features(self, image: torch.Tensor, classes: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """f(x_c), x_c being the image with a block replaced by V_c (3.2).
+
+        Tunable visual prompts get their gradient through the frozen encoder. Activations are then kept for one chunk at
+        a time and computed again in the backward pass, so memory does not grow with B * N.
 
         Args:
             image: (B, 3, H, W).
@@ -111,11 +130,22 @@ class CustomCLIP(nn.Module):
         """
         n = classes.shape[1]
         owner = torch.arange(len(image)).repeat_interleave(n)
-        pieces = [
-            self.backbone.encode_image(paste(image[i], self.visual_prompts[c], places[i]))
-            for i, c in zip(owner.split(CHUNK), classes.flatten().split(CHUNK))
-        ]
-        return torch.cat(pieces).view(len(image), n, -1)
+        learning = self.tune_visual and torch.is_grad_enabled()
+        chunk = GRADIENT_CHUNK if learning else CHUNK
+        pieces = []
+        with torch.set_grad_enabled(learning):
+            blocks = self.visual_prompts
+            for i, c in zip(owner.split(chunk), classes.flatten().split(chunk)):
+                words = image[i], blocks[c], places[i]
+                pieces.append(
+                    checkpoint(self._encode_pasted, *words, use_reentrant=False)
+                    if learning
+                    else self._encode_pasted(*words)
+                )
+            return torch.cat(pieces).view(len(image), n, -1)
+
+    def _encode_pasted(self, image: torch.Tensor, blocks: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        return self.backbone.encode_image(paste(image, blocks, places))
 
     def forward(self, image: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Training (3.3): images (B, 3, H, W) and labels (B,) -> losses (B,) and log p(c|x) (B, C).
@@ -123,7 +153,7 @@ class CustomCLIP(nn.Module):
         The ablations of Table 4a are trained by cross-entropy: on the original images (``none``), or on them and on
         the images with the block of their class (``text_augmentation``); ``paired`` is trained as ``selection`` is.
         """
-        with torch.no_grad():  # the image encoder is frozen and so are the visual prompts: the graph is the text's
+        with torch.no_grad():  # the image encoder is frozen: nothing is learned from the original image's pixels
             image_features = self.backbone.encode_image(image)
         text_features = self.text_features()
         log_p = self.log_p(image_features, text_features)
@@ -196,11 +226,29 @@ class LoGoPrompt(PromptTrainer):
             )
         if method.STAGE2_LR < 0:
             raise UserError(f"TRAINER.LOGOPROMPT.STAGE2_LR {method.STAGE2_LR:g}: must not be negative")
+        if method.VISUAL_LR < 0:
+            raise UserError(f"TRAINER.LOGOPROMPT.VISUAL_LR {method.VISUAL_LR:g}: must not be negative")
+        if method.TUNE_VISUAL and method.VISUAL_PROMPT == "none":
+            raise UserError("TRAINER.LOGOPROMPT.TUNE_VISUAL True: with VISUAL_PROMPT none there are none to tune")
         if method.K < 1:
             raise UserError(f"TRAINER.LOGOPROMPT.K {method.K}: must be at least 1")
         if not 1 <= method.MIN_CONTRAST <= MAX_CONTRAST:
             raise UserError(f"TRAINER.LOGOPROMPT.MIN_CONTRAST {method.MIN_CONTRAST:g}: must be 1 to {MAX_CONTRAST:g}")
         block_size(min(cfg.INPUT.SIZE), method.BLOCK_HEIGHT, method.BLOCK_WIDTH)
+
+    def parameter_groups(self, prompt_learner: nn.Module) -> Optional[list[dict[str, Any]]]:
+        method = self.cfg.TRAINER.LOGOPROMPT
+        if not method.TUNE_VISUAL:
+            return None
+        pixels = prompt_learner.visual_prompts.pixels
+        text = [parameter for parameter in prompt_learner.parameters() if parameter is not pixels]
+        # Weight decay would only darken the blocks.
+        visual = {"params": [pixels], "lr": method.VISUAL_LR, "own_lr": method.VISUAL_LR, "weight_decay": 0}
+        return [{"params": text}, visual]
+
+    def after_step(self) -> None:
+        if self.model.tune_visual:
+            self.prompt_learner.visual_prompts.project()
 
     def stages(self) -> list[CN]:
         """3.1: the MLP that generates contexts, then the contexts themselves."""

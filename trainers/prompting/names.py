@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from yacs.config import CfgNode
@@ -11,6 +12,21 @@ from yacs.config import CfgNode
 def clean_name(classname: str) -> str:
     """A class name as it is read and drawn: underscores are spaces (CoOp's convention)."""
     return classname.replace("_", " ")
+
+
+def matching_names(wanted: Sequence[str], known: Sequence[str]) -> list[int]:
+    """For each name wanted its position among the known ones, -1 where there is none; the n-th occurrence of a name
+    matches the n-th occurrence there. Underscores are spaces."""
+    places: dict[str, list[int]] = {}
+    for i, name in enumerate(known):
+        places.setdefault(clean_name(name), []).append(i)
+    seen: dict[str, int] = {}
+    rows = []
+    for name in map(clean_name, wanted):
+        n = seen[name] = seen.get(name, -1) + 1
+        there = places.get(name, [])
+        rows.append(there[n] if n < len(there) else -1)
+    return rows
 
 
 def relative_path(path: str, root: str) -> str:

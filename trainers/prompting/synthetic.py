@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 
 from .errors import UserError
@@ -274,6 +275,32 @@ def _places(uniform: torch.Tensor, image_size: int, block: tuple[int, int], loca
         return (uniform * (free + 1)).long()  # every place that keeps the block inside is as likely
     top = {"top": 0, "bottom": int(free[0])}[location]
     return torch.tensor([top, int(free[1]) // 2]).expand(len(uniform), 2)
+
+
+class VisualPrompts(nn.Module):
+    """Tunable visual prompts: the pixels of the blocks as parameters (section 3.2).
+
+    ``pixels`` (C, 3, h, w), RGB in [0, 1], belong to class names: with other classes at hand a checkpoint's are handed
+    to those of the same name, and the others keep their rendered blocks.
+
+    Args:
+        blocks: (C, 3, h, w) rendered blocks to start from.
+    """
+
+    per_class = ("pixels",)
+
+    def __init__(self, blocks: torch.Tensor) -> None:
+        super().__init__()
+        self.pixels = nn.Parameter(blocks.clone())
+
+    def forward(self) -> torch.Tensor:
+        """(C, 3, h, w) blocks, RGB in [0, 1]."""
+        return self.pixels
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Bring the pixels back into the valid range; due after every step."""
+        self.pixels.clamp_(0, 1)
 
 
 def paste(images: torch.Tensor, blocks: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

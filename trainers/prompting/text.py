@@ -186,17 +186,19 @@ class TwoStagePromptLearner(PromptLearner):
     not trained keep the context of stage 1, so the prompts serve any list of classes.
 
     Parameters are ``meta_net`` (the MLP), which stage 1 trains, and ``ctx`` (C, M, D), which stage 2 trains. The buffer
-    ``trained`` (C,) says which classes have a context of stage 2; all three make up the state dict.
+    ``trained`` (C,) says which classes have a context of stage 2; all three make up the state dict. ``ctx`` and
+    ``trained`` belong to class names: with other classes at hand a checkpoint's are handed to those of the same name.
 
     Args:
         backbone, classnames, n_ctx, ctx_init: as for :class:`PromptLearner`. The MLP's output at initialisation is the
             initial context, the same for all classes.
     """
 
+    per_class = ("ctx", "trained")
+
     def __init__(self, backbone: Backbone, classnames: Sequence[str], n_ctx: int = 16, ctx_init: str = "") -> None:
         super().__init__(backbone, classnames, n_ctx, ctx_init)
         initial = self.ctx.detach()  # (M, D)
-        self.classnames = list(classnames)
         hand_made = encode_texts(backbone, [HAND_MADE.format(clean_name(name)) for name in classnames])
         self.register_buffer("hand_made", hand_made, persistent=False)  # (C, E)
         n_in = hand_made.shape[1]
@@ -228,38 +230,6 @@ class TwoStagePromptLearner(PromptLearner):
         if not self.trained.any():
             return self.around(self.generate())
         return self.around(torch.where(self.trained[:, None, None], self.ctx, self.generate()))
-
-    def adapt(self, state: dict[str, torch.Tensor], classnames: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Turn the state dict of a learner of other classes into one for the classes at hand.
-
-        A class takes the stage-2 context of the class of the same name; where a name occurs several times, the first
-        takes the first one's, the second the second one's, and so on. Names that were not trained use stage 1.
-
-        Args:
-            state: with ``ctx`` and ``trained`` of the classes ``classnames``.
-        """
-        rows = torch.tensor(matching_names(self.classnames, classnames), dtype=torch.long)
-        found = rows >= 0
-        source = state["ctx"]
-        ctx = source.new_zeros(len(rows), *source.shape[1:])
-        trained = torch.zeros(len(rows), dtype=torch.bool)
-        ctx[found], trained[found] = source[rows[found]], state["trained"][rows[found]]
-        return {**state, "ctx": ctx, "trained": trained}
-
-
-def matching_names(wanted: Sequence[str], known: Sequence[str]) -> list[int]:
-    """For each name wanted its position among the known ones, -1 where there is none; the n-th occurrence of a name
-    matches the n-th occurrence there. Underscores are spaces."""
-    places: dict[str, list[int]] = {}
-    for i, name in enumerate(known):
-        places.setdefault(clean_name(name), []).append(i)
-    seen: dict[str, int] = {}
-    rows = []
-    for name in map(clean_name, wanted):
-        n = seen[name] = seen.get(name, -1) + 1
-        there = places.get(name, [])
-        rows.append(there[n] if n < len(there) else -1)
-    return rows
 
 
 def _prompt_order(name_lens: list[int], n_ctx: int, n_suffix: int, position: str) -> Optional[torch.Tensor]:

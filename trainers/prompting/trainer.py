@@ -10,6 +10,7 @@ import inspect
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Optional
 
@@ -27,7 +28,7 @@ from yacs.config import CfgNode
 
 from .backbone import Backbone, load_clip
 from .errors import UserError
-from .names import flat_config, relative_path
+from .names import flat_config, matching_names, relative_path
 from .results import write_results, write_text
 
 PRECISIONS = ("fp16", "fp32", "amp")
@@ -102,10 +103,14 @@ class PromptTrainer(TrainerX):
         self.prompt_learner = prompt_learner.to(self.device)
         if cfg.MODEL.INIT_WEIGHTS:
             load_pretrained_weights(prompt_learner, cfg.MODEL.INIT_WEIGHTS)
-        self.optim = build_optimizer(prompt_learner, cfg.OPTIM)
+        self.optim = build_optimizer(prompt_learner, cfg.OPTIM, self.parameter_groups(prompt_learner))
         mend_warmup()
         self.sched = build_lr_scheduler(self.optim, cfg.OPTIM)
         self.register_model(PROMPT_LEARNER, prompt_learner, self.optim, self.sched)
+
+    def parameter_groups(self, prompt_learner: nn.Module) -> Optional[list[dict[str, Any]]]:
+        """Groups for the optimiser; one with ``own_lr`` does not learn at ``OPTIM.LR``. None: one group of all."""
+        return None
 
     @property
     def classnames(self) -> list[str]:
@@ -135,7 +140,7 @@ class PromptTrainer(TrainerX):
     def _schedule(self, optim_cfg: CfgNode, epochs_done: int = 0) -> None:
         """A fresh schedule, wound forward by the epochs of its stage that are done."""
         for group in self.optim.param_groups:
-            group["lr"] = group["initial_lr"] = optim_cfg.LR
+            group["lr"] = group["initial_lr"] = group.get("own_lr", optim_cfg.LR)
         self.sched = self._scheds[PROMPT_LEARNER] = build_lr_scheduler(self.optim, optim_cfg)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # no optimiser step belongs to these
@@ -156,11 +161,15 @@ class PromptTrainer(TrainerX):
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optim)
             self.scaler.update()
+        self.after_step()
         accuracy = compute_accuracy(logits, label)[0].item()
         self.watch.update(accuracy, len(label))
         if self.batch_idx + 1 == self.num_batches:
             self.update_lr()
         return {"loss": loss.item(), "acc": accuracy}
+
+    def after_step(self) -> None:
+        """Called after every step of the optimiser; nothing by default."""
 
     def train(self) -> None:
         if self.prompt_learner is None:
@@ -294,13 +303,14 @@ class PromptTrainer(TrainerX):
     def _load_prompt_learner(self, checkpoint: dict[str, Any], path: str) -> None:
         found = {key: value for key, value in checkpoint["state_dict"].items() if key not in DERIVED}
         wanted = self.prompt_learner.state_dict()
-        if found.keys() == wanted.keys() and hasattr(self.prompt_learner, "adapt"):
-            found = self.prompt_learner.adapt(found, checkpoint["classnames"])
         if found.keys() != wanted.keys():
             raise UserError(
                 f"{path} holds {', '.join(found) or 'nothing'}, {self.cfg.TRAINER.NAME} needs {', '.join(wanted)}: "
                 "it was trained with another trainer or other options"
             )
+        found = per_class_state(
+            self.prompt_learner, found, self.classnames, checkpoint.get("classnames", self.classnames)
+        )
         for key, value in found.items():
             if value.shape != wanted[key].shape:
                 raise UserError(
@@ -378,6 +388,32 @@ class PromptTrainer(TrainerX):
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
         }
         print(f"Results saved to {write_results(cfg.OUTPUT_DIR, results)}")
+
+
+def per_class_state(
+    module: nn.Module, state: dict[str, torch.Tensor], classnames: Sequence[str], known: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Make a state dict of other classes one of the classes at hand.
+
+    Entries that hold a row per class (``per_class`` of the modules) are handed to the classes of the same name; where a
+    name occurs several times, the first gets the first one's, the second the second one's, and so on. Classes that are
+    not in the state dict keep the row that ``module`` was initialised with.
+
+    Args:
+        module: built for the classes ``classnames``.
+        state: of the classes ``known``, with all of its keys.
+    """
+    rows = torch.tensor(matching_names(classnames, known), dtype=torch.long)
+    here = rows >= 0
+    adapted = dict(state)
+    for prefix, part in module.named_modules():
+        for name in getattr(part, "per_class", ()):
+            key = f"{prefix}.{name}" if prefix else name
+            own = getattr(part, name).detach().cpu().clone()
+            if state[key].shape[1:] == own.shape[1:]:
+                own[here] = state[key][rows[here]].to(own.dtype)
+                adapted[key] = own
+    return adapted
 
 
 class CollapseWatch:
