@@ -1,11 +1,16 @@
 """Tunable visual prompts: gradients against finite differences, the valid range, what belongs to which class."""
 
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from PIL import Image
 from test_logoprompt import build
 from test_two_stage import run, states  # noqa: F401 (a fixture)
 from tiny import NAMES, SIZE
+from yacs.config import CfgNode as CN
 
+import preview
 from trainers import logoprompt
 from trainers.prompting.synthetic import VisualPrompts, random_places
 from trainers.prompting.trainer import per_class_state
@@ -110,6 +115,47 @@ def test_a_run_tunes_stores_and_hands_on_the_blocks(run):  # noqa: F811
     torch.testing.assert_close(blocks[:4].detach().cpu(), pixels)
     new = logoprompt.draw_visual_prompts(trained.cfg.TRAINER.LOGOPROMPT, NEW, SIZE)
     torch.testing.assert_close(blocks[4:].detach().cpu(), new)
+
+
+def test_they_can_be_drawn_before_and_after(run, data_root, tmp_path, capsys):  # noqa: F811
+    run("TRAINER.LOGOPROMPT.TUNE_VISUAL", "True", "TRAINER.LOGOPROMPT.VISUAL_LR", "50.0")
+    pixels = states(run)[5]["visual_prompts.pixels"]
+    config = ["--config-file", str(ROOT / "configs/trainers/LoGoPrompt/photo64_ep50_ctxv1.yaml")]
+    model = ["--model-dir", str(run.folder / "run")]
+    out = tmp_path / "sheet.png"
+    assert preview.main(["--out", str(out), *config, *model, "--classnames", BASE[1], NEW[0]]) == 0
+    sheet = torch.from_numpy(np.asarray(Image.open(out)).copy()).permute(2, 0, 1) / 255
+    h, gap = pixels.shape[2], preview.GAP
+    cells = [
+        sheet[:, top : top + h, left : left + SIZE]
+        for top in (gap, 2 * gap + h)
+        for left in (gap, 2 * gap + SIZE)
+    ]  # fmt: skip
+    rendered = logoprompt.draw_visual_prompts(_method(), [BASE[1], NEW[0]], SIZE)
+    for cell, expected in zip(cells, (rendered[0], pixels[1], rendered[1], rendered[1])):
+        torch.testing.assert_close(cell, expected, atol=1 / 254, rtol=0)
+    # in images: the block of the first column's class is the tuned one
+    data = ["--root", str(data_root), "--dataset-config-file", str(ROOT / "configs/datasets/caltech101.yaml")]
+    sheets = []
+    for words in ([], model):
+        assert preview.main(["--out", str(out), *config, *words, *data]) == 0
+        sheets.append(np.asarray(Image.open(out)).copy())
+    assert sheets[0].shape == sheets[1].shape and (sheets[0] != sheets[1]).any()
+
+    run(out="frozen")
+    assert (
+        preview.main(["--out", str(out), *config, "--model-dir", str(run.folder / "frozen"), "--classnames", "x"]) == 2
+    )
+    assert "TUNE_VISUAL True" in capsys.readouterr().err.splitlines()[-1]
+    model[1] = str(run.folder / "run")
+    assert preview.main(["--out", str(out), *model, "--classnames", "x"]) == 2  # the default config has larger images
+    assert "--config-file" in capsys.readouterr().err.splitlines()[-1]
+
+
+def _method():
+    cfg = CN({"TRAINER": CN()})
+    logoprompt.extend_cfg(cfg)
+    return cfg.TRAINER.LOGOPROMPT
 
 
 def test_the_rate_of_the_pixels_follows_the_schedule(run, monkeypatch):  # noqa: F811

@@ -1,11 +1,12 @@
-"""Draw a contact sheet of visual prompts and class-conditional images, before any training.
+"""Draw a contact sheet of visual prompts and class-conditional images, before any training or of a run.
 
     python tools/preview.py --out sheet.jpg --root DATA --dataset-config-file configs/datasets/caltech101.yaml
     python tools/preview.py --out sheet.png --classnames "tabby cat" "fire truck"
 
 With a data set, a row per test image: the original, then the image with the block of its own class and those of other
 classes. With class names alone, their blocks. Blocks, colours and places are those of LoGoPrompt at test time; further
-flags and KEY VALUE pairs are those of ``train.py``.
+flags and KEY VALUE pairs are those of ``train.py``. With ``--model-dir RUN``, a run that tuned its visual prompts, the
+images show the tuned ones; with class names, each block stands beside what became of it.
 """
 
 from __future__ import annotations
@@ -31,13 +32,34 @@ from torchvision.utils import make_grid
 from trainers.logoprompt import draw_visual_prompts
 from trainers.prompting.errors import UserError
 from trainers.prompting.names import relative_path
-from trainers.prompting.synthetic import fixed_places, paste
+from trainers.prompting.synthetic import VisualPrompts, fixed_places, paste
+from trainers.prompting.trainer import find_checkpoint, per_class_state, read_checkpoint
 
 GAP = 4  # pixels between pictures
 CONFIG = Path(train.__file__).parent / "configs" / "trainers" / "LoGoPrompt" / "vit_b16_ctxv1.yaml"
 
 
-def contact_sheet(cfg: Any, n_images: int, n_others: int, seed: int) -> torch.Tensor:
+def tuned(blocks: torch.Tensor, classnames: Sequence[str], model_dir: str) -> torch.Tensor:
+    """What a run made of the rendered blocks (C, 3, h, w); blocks of classes that it did not train stay as they are.
+
+    Raises:
+        UserError: no checkpoint, or of a run without tunable visual prompts or with blocks of another size.
+    """
+    path = find_checkpoint(model_dir)
+    checkpoint = read_checkpoint(path)
+    pixels = checkpoint["state_dict"].get("visual_prompts.pixels")
+    if pixels is None:
+        raise UserError(f"{path}: its visual prompts were not tuned; train with TRAINER.LOGOPROMPT.TUNE_VISUAL True")
+    if pixels.shape[1:] != blocks.shape[1:]:
+        raise UserError(
+            f"{path}: its blocks have {pixels.shape[2]}x{pixels.shape[3]} pixels, here they have "
+            f"{blocks.shape[2]}x{blocks.shape[3]}; give the --config-file that it was trained with"
+        )
+    prompts = VisualPrompts(blocks)
+    return per_class_state(prompts, {"pixels": pixels}, classnames, checkpoint["classnames"])["pixels"]
+
+
+def contact_sheet(cfg: Any, n_images: int, n_others: int, seed: int, model_dir: str = "") -> torch.Tensor:
     """A row per image of the test set, each of another class: (3, height, width), RGB in [0, 1]."""
     dataset = build_dataset(cfg)
     draw = random.Random(seed)
@@ -48,6 +70,8 @@ def contact_sheet(cfg: Any, n_images: int, n_others: int, seed: int) -> torch.Te
 
     size, method = cfg.INPUT.SIZE[0], cfg.TRAINER.LOGOPROMPT
     blocks = draw_visual_prompts(method, dataset.classnames, size)
+    if model_dir:
+        blocks = tuned(blocks, dataset.classnames, model_dir)
     paths = [relative_path(item.impath, cfg.DATASET.ROOT) for item in items]
     places = fixed_places(paths, method.VISUAL_SEED, size, tuple(blocks.shape[-2:]), method.LOCATION)
     cells = []
@@ -80,9 +104,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         cfg = train.setup_cfg(args)
         if names:
             blocks = draw_visual_prompts(cfg.TRAINER.LOGOPROMPT, names, cfg.INPUT.SIZE[0])
+            if args.model_dir:
+                blocks = torch.stack([blocks, tuned(blocks, names, args.model_dir)], dim=1).flatten(0, 1)
             sheet = make_grid(blocks, nrow=2, padding=GAP, pad_value=1.0)
         else:
-            sheet = contact_sheet(cfg, ours.images, ours.others, max(cfg.SEED, 0))
+            sheet = contact_sheet(cfg, ours.images, ours.others, max(cfg.SEED, 0), args.model_dir)
         to_pil_image(sheet).save(ours.out, quality=90)
     except (UserError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -234,14 +234,8 @@ class PromptTrainer(TrainerX):
                 f"--output-dir {directory} is also --model-dir: its results would be lost; choose another --output-dir"
             )
         self.model_dir = directory
-        folder = os.path.join(directory, PROMPT_LEARNER)
-        names = [f"model.pth.tar-{epoch}"] if epoch is not None else [BEST, newest_checkpoint(folder)]
-        path = next((p for p in (os.path.join(folder, name) for name in names if name) if os.path.isfile(p)), None)
-        if path is None:
-            raise UserError(
-                f"no checkpoint {names[0] if epoch is not None else ''} in {folder}: see --model-dir, --load-epoch"
-            )
-        checkpoint = self._read_checkpoint(path)
+        path = find_checkpoint(directory, epoch)
+        checkpoint = read_checkpoint(path)
         self._load_prompt_learner(checkpoint, path)
         self.epoch = int(checkpoint["epoch"]) - 1
         print(f'Loading weights to {PROMPT_LEARNER} from "{path}" (epoch = {checkpoint["epoch"]})')
@@ -256,7 +250,7 @@ class PromptTrainer(TrainerX):
             print("No checkpoint found, train from scratch")
             return 0
         path = os.path.join(folder, name)
-        checkpoint = self._read_checkpoint(path)
+        checkpoint = read_checkpoint(path)
         here = os.path.realpath(directory) == os.path.realpath(self.cfg.OUTPUT_DIR)
         self._check_same_run(checkpoint, path, every_key=here)
         self._load_prompt_learner(checkpoint, path)
@@ -290,15 +284,6 @@ class PromptTrainer(TrainerX):
         for key in keys if every_key else IDENTITY:
             if before.get(key) != now.get(key):
                 raise UserError(f"{path} was trained with {key} {before.get(key)}, now it is {now.get(key)}: {remedy}")
-
-    @staticmethod
-    def _read_checkpoint(path: str) -> dict[str, Any]:
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            checkpoint["state_dict"], checkpoint["epoch"]  # noqa: B018 (a KeyError tells another kind of file)
-        except Exception as error:  # noqa: BLE001 (zip, pickle and torch each have errors of their own)
-            raise UserError(f"{path}: not a checkpoint that can be read ({type(error).__name__})") from error
-        return checkpoint
 
     def _load_prompt_learner(self, checkpoint: dict[str, Any], path: str) -> None:
         found = {key: value for key, value in checkpoint["state_dict"].items() if key not in DERIVED}
@@ -465,6 +450,28 @@ def mend_warmup() -> None:
 def _grad_scaler() -> Any:
     """torch moved it in 2.3."""
     return torch.amp.GradScaler("cuda") if hasattr(torch.amp, "GradScaler") else torch.cuda.amp.GradScaler()
+
+
+def find_checkpoint(directory: str, epoch: Optional[int] = None) -> str:
+    """Path of a run's checkpoint: of the epoch asked for, else the best model, else the newest. Raises UserError."""
+    folder = os.path.join(directory, PROMPT_LEARNER)
+    names = [f"model.pth.tar-{epoch}"] if epoch is not None else [BEST, newest_checkpoint(folder)]
+    path = next((p for p in (os.path.join(folder, name) for name in names if name) if os.path.isfile(p)), None)
+    if path is None:
+        raise UserError(
+            f"no checkpoint {names[0] if epoch is not None else ''} in {folder}: see --model-dir, --load-epoch"
+        )
+    return path
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """A checkpoint, on the CPU, without executing anything in it. Raises UserError where it is none."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["state_dict"], checkpoint["epoch"]  # noqa: B018 (a KeyError tells another kind of file)
+    except Exception as error:  # noqa: BLE001 (zip, pickle and torch each have errors of their own)
+        raise UserError(f"{path}: not a checkpoint that can be read ({type(error).__name__})") from error
+    return checkpoint
 
 
 def newest_checkpoint(folder: str) -> str:
