@@ -7,15 +7,18 @@ C classes, frozen encoders f (image) and g (text), visual prompt V_c, class-cond
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Optional
+from collections.abc import Iterable, Sequence
+from typing import Any, Callable, Optional
 
 import torch
 import torch.nn as nn
+from dassl.data.data_manager import build_data_loader
+from dassl.data.transforms import build_transform
 from dassl.engine import TRAINER_REGISTRY
 from torch.utils.checkpoint import checkpoint
 from yacs.config import CfgNode as CN
 
+from .prompting.adapter import CacheAdapter
 from .prompting.backbone import Backbone
 from .prompting.errors import UserError
 from .prompting.selection import LOSSES, hard_negatives, log_probabilities, min_max_loss, select, top_classes
@@ -60,6 +63,13 @@ def extend_cfg(cfg: CN) -> None:
     cfg.TRAINER.LOGOPROMPT.LOCATION = "random"  # random, top or bottom
     cfg.TRAINER.LOGOPROMPT.FONT = ""  # path of a .ttf/.otf file; empty: Pillow's own font
     cfg.TRAINER.LOGOPROMPT.MIN_CONTRAST = 4.5  # of text and background, WCAG's ratio
+    # LoGoPrompt + adapter: a cache of training features, its keys learned in a last stage with the prompts left alone
+    cfg.TRAINER.LOGOPROMPT.ADAPTER = False
+    cfg.TRAINER.LOGOPROMPT.ADAPTER_EPOCHS = -1  # of OPTIM.MAX_EPOCH; -1: a fifth
+    cfg.TRAINER.LOGOPROMPT.ADAPTER_LR = 0.1
+    cfg.TRAINER.LOGOPROMPT.ADAPTER_ALPHA = 1.0  # weight of the cache
+    cfg.TRAINER.LOGOPROMPT.ADAPTER_BETA = 5.5  # how fast a key's influence falls with distance
+    cfg.TRAINER.LOGOPROMPT.ADAPTER_SEARCH = False  # choose both scalars on the validation images instead
     # Colours, and places at test time. Apart from SEED, so that runs of several seeds see the same test images.
     cfg.TRAINER.LOGOPROMPT.VISUAL_SEED = 0
 
@@ -106,13 +116,28 @@ class CustomCLIP(nn.Module):
         blocks = self.prompt_learner.visual_prompts() if self.tune_visual else self.blocks
         return (blocks - self.mean) / self.std
 
+    def add_adapter(self, method: CN, n_images: int) -> None:
+        """Make room for a cache of the features of ``n_images`` training images, empty so far."""
+        n_features = self.backbone.text_projection.shape[1]
+        scalars = method.ADAPTER_ALPHA, method.ADAPTER_BETA
+        self.prompt_learner.adapter = CacheAdapter(n_images, n_features, self.prompt_learner.n_cls, *scalars)
+
+    @property
+    def adapter(self) -> Optional[CacheAdapter]:
+        """The cache, once it is filled; then it is all that is trained."""
+        adapter = getattr(self.prompt_learner, "adapter", None)
+        return adapter if adapter is not None and adapter.filled else None
+
     def text_features(self) -> torch.Tensor:
         """g(p_c): (C, E), of unit length."""
         return self.text_encoder(*self.prompt_learner())
 
     def log_p(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """log p(c|x), the softmax over all C classes of cos(f(x), g(p_c)) / tau: (…, E), (C, E) -> (…, C)."""
-        return log_probabilities(self.backbone.logits(image_features, text_features))
+        logits = self.backbone.logits(image_features, text_features)
+        if self.adapter is not None:
+            logits = logits + self.adapter(image_features)
+        return log_probabilities(logits)
 
     def conditional_features(self, image: torch.Tensor, classes: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """f(x_c), x_c being the image with a block replaced by V_c (3.2).
@@ -130,7 +155,7 @@ class CustomCLIP(nn.Module):
         """
         n = classes.shape[1]
         owner = torch.arange(len(image)).repeat_interleave(n)
-        learning = self.tune_visual and torch.is_grad_enabled()
+        learning = self.tune_visual and self.adapter is None and torch.is_grad_enabled()
         chunk = GRADIENT_CHUNK if learning else CHUNK
         pieces = []
         with torch.set_grad_enabled(learning):
@@ -155,7 +180,8 @@ class CustomCLIP(nn.Module):
         """
         with torch.no_grad():  # the image encoder is frozen: nothing is learned from the original image's pixels
             image_features = self.backbone.encode_image(image)
-        text_features = self.text_features()
+        with torch.set_grad_enabled(self.adapter is None):
+            text_features = self.text_features()
         log_p = self.log_p(image_features, text_features)
 
         if self.visual_prompt == "none":
@@ -219,11 +245,21 @@ class LoGoPrompt(PromptTrainer):
         ):
             if method[key] not in allowed:
                 raise UserError(f"TRAINER.LOGOPROMPT.{key} {method[key]}: choose one of {', '.join(allowed)}")
-        if not -1 <= method.STAGE1_EPOCHS <= cfg.OPTIM.MAX_EPOCH:
+        total = cfg.OPTIM.MAX_EPOCH
+        if method.ADAPTER and not (method.ADAPTER_EPOCHS == -1 or 1 <= method.ADAPTER_EPOCHS <= total):
             raise UserError(
-                f"TRAINER.LOGOPROMPT.STAGE1_EPOCHS {method.STAGE1_EPOCHS}: must be 0 to OPTIM.MAX_EPOCH "
-                f"({cfg.OPTIM.MAX_EPOCH}), or -1 for half of it"
+                f"TRAINER.LOGOPROMPT.ADAPTER_EPOCHS {method.ADAPTER_EPOCHS}: must be 1 to OPTIM.MAX_EPOCH ({total}), "
+                "or -1 for a fifth of it"
             )
+        left = total - self.adapter_epochs(cfg)
+        if not -1 <= method.STAGE1_EPOCHS <= left:
+            raise UserError(
+                f"TRAINER.LOGOPROMPT.STAGE1_EPOCHS {method.STAGE1_EPOCHS}: must be 0 to {left}, OPTIM.MAX_EPOCH less "
+                "the adapter's, or -1 for half of it"
+            )
+        for key in ("ADAPTER_ALPHA", "ADAPTER_BETA", "ADAPTER_LR"):
+            if method[key] < 0:
+                raise UserError(f"TRAINER.LOGOPROMPT.{key} {method[key]:g}: must not be negative")
         if method.STAGE2_LR < 0:
             raise UserError(f"TRAINER.LOGOPROMPT.STAGE2_LR {method.STAGE2_LR:g}: must not be negative")
         if method.VISUAL_LR < 0:
@@ -236,36 +272,103 @@ class LoGoPrompt(PromptTrainer):
             raise UserError(f"TRAINER.LOGOPROMPT.MIN_CONTRAST {method.MIN_CONTRAST:g}: must be 1 to {MAX_CONTRAST:g}")
         block_size(min(cfg.INPUT.SIZE), method.BLOCK_HEIGHT, method.BLOCK_WIDTH)
 
+    def build_network(self, clip_model: Backbone) -> nn.Module:
+        network = super().build_network(clip_model)
+        if self.cfg.TRAINER.LOGOPROMPT.ADAPTER:
+            network.add_adapter(self.cfg.TRAINER.LOGOPROMPT, len(self.dm.dataset.train_x))
+        return network
+
     def parameter_groups(self, prompt_learner: nn.Module) -> Optional[list[dict[str, Any]]]:
         method = self.cfg.TRAINER.LOGOPROMPT
-        if not method.TUNE_VISUAL:
+        apart = []  # weight decay would only darken blocks and shorten keys
+        if method.TUNE_VISUAL:
+            apart.append((prompt_learner.visual_prompts.pixels, method.VISUAL_LR))
+        if method.ADAPTER:
+            apart.append((prompt_learner.adapter.keys, method.ADAPTER_LR))
+        if not apart:
             return None
-        pixels = prompt_learner.visual_prompts.pixels
-        text = [parameter for parameter in prompt_learner.parameters() if parameter is not pixels]
-        # Weight decay would only darken the blocks.
-        visual = {"params": [pixels], "lr": method.VISUAL_LR, "own_lr": method.VISUAL_LR, "weight_decay": 0}
-        return [{"params": text}, visual]
+        others = {id(parameter) for parameter, _ in apart}
+        text = {"params": [parameter for parameter in prompt_learner.parameters() if id(parameter) not in others]}
+        return [text, *({"params": [p], "lr": lr, "own_lr": lr, "weight_decay": 0} for p, lr in apart)]
 
     def after_step(self) -> None:
         if self.model.tune_visual:
             self.prompt_learner.visual_prompts.project()
 
-    def stages(self) -> list[CN]:
-        """3.1: the MLP that generates contexts, then the contexts themselves."""
+    @staticmethod
+    def adapter_epochs(cfg: CN) -> int:
+        """Epochs of the last stage."""
+        method = cfg.TRAINER.LOGOPROMPT
+        if not method.ADAPTER:
+            return 0
+        return method.ADAPTER_EPOCHS if method.ADAPTER_EPOCHS > 0 else max(1, cfg.OPTIM.MAX_EPOCH // 5)
+
+    def plan(self) -> list[tuple[Optional[Callable[[], None]], int, float]]:
+        """What begins each stage, its epochs and its learning rate: the MLP that generates contexts, the contexts
+        themselves (3.1), the cache."""
         method, optim = self.cfg.TRAINER.LOGOPROMPT, self.cfg.OPTIM
-        if method.TEXT_PROMPT != "two_stage":
-            return [optim]
-        n = method.STAGE1_EPOCHS if method.STAGE1_EPOCHS >= 0 else (optim.MAX_EPOCH + 1) // 2
-        first, second = optim.clone(), optim.clone()
-        for node, epochs, lr in ((first, n, optim.LR), (second, optim.MAX_EPOCH - n, method.STAGE2_LR or optim.LR)):
+        last = self.adapter_epochs(self.cfg)
+        left = optim.MAX_EPOCH - last
+        if method.TEXT_PROMPT == "two_stage":
+            n = method.STAGE1_EPOCHS if method.STAGE1_EPOCHS >= 0 else (left + 1) // 2
+            begin = self.prompt_learner.begin_stage_2
+            stages = [(None, n, optim.LR), (begin, left - n, method.STAGE2_LR or optim.LR)]
+        else:
+            stages = [(None, left, optim.LR)]
+        return [*stages, (self.fill_adapter, last, optim.LR)]
+
+    def stages(self) -> list[CN]:
+        nodes = []
+        for _, epochs, lr in self.plan():
+            node = self.cfg.OPTIM.clone()
             node.defrost()
             node.MAX_EPOCH, node.LR = epochs, lr
-        return [first, second]
+            nodes.append(node)
+        return nodes
 
     def begin_stage(self, index: int) -> None:
         super().begin_stage(index)
-        if index == 1:
-            self.prompt_learner.begin_stage_2()
+        begin = self.plan()[index][0]
+        if begin is not None:
+            begin()
+
+    @torch.no_grad()
+    def fill_adapter(self) -> None:
+        """The features of the training images, as they are at test time, become the keys of the cache."""
+        tfm, batch_size = build_transform(self.cfg, is_train=False), self.cfg.DATALOADER.TEST.BATCH_SIZE
+        loader = build_data_loader(
+            self.cfg, data_source=self.dm.dataset.train_x, batch_size=batch_size, tfm=tfm, is_train=False
+        )
+        self.model.prompt_learner.adapter.fill(*self.features(loader))
+
+    def features(self, loader: Iterable[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, E) image features and (N,) labels of all images of a loader."""
+        pairs = [
+            (self.model.backbone.encode_image(batch["img"].to(self.device)), batch["label"].to(self.device))
+            for batch in loader
+        ]
+        features, labels = zip(*pairs)
+        return torch.cat(features).float(), torch.cat(labels)
+
+    def after_epoch(self) -> None:
+        if self.cfg.TRAINER.LOGOPROMPT.ADAPTER_SEARCH and self.epoch + 1 == self.max_epoch and self.model.adapter:
+            self.search_scalars()
+        super().after_epoch()
+
+    @torch.no_grad()
+    def search_scalars(self) -> None:
+        """Choose the cache's alpha and beta on the validation images, never on test images."""
+        if self.val_loader is None:
+            raise UserError(
+                "TRAINER.LOGOPROMPT.ADAPTER_SEARCH True: the data set has no validation images to choose on"
+            )
+        features, label = self.features(self.val_loader)
+        logits = self.model.backbone.logits(features, self.text_features())
+        accuracy, adapter = self.model.adapter.choose(features, logits, label), self.model.adapter
+        print(
+            f"Adapter: alpha {adapter.alpha:g}, beta {adapter.beta:g}, chosen on {len(label)} validation images "
+            f"({accuracy:.1f} %)"
+        )
 
     def loss(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         image, label = batch["img"].to(self.device), batch["label"].to(self.device)

@@ -94,8 +94,11 @@ class PromptTrainer(TrainerX):
 
     def build_model(self) -> None:
         clip_model = self.load_backbone(self.method_cfg().PREC)
-        self.model = self.network(self.cfg, self.classnames, clip_model).to(self.device)
+        self.model = self.build_network(clip_model).to(self.device)
         self.register_prompt_learner(self.model.prompt_learner)
+
+    def build_network(self, clip_model: Backbone) -> nn.Module:
+        return self.network(self.cfg, self.classnames, clip_model)
 
     def register_prompt_learner(self, prompt_learner: nn.Module) -> None:
         """Give the prompt learner, and nothing else, to the optimiser and to the checkpoints."""
@@ -296,6 +299,7 @@ class PromptTrainer(TrainerX):
         found = per_class_state(
             self.prompt_learner, found, self.classnames, checkpoint.get("classnames", self.classnames)
         )
+        wanted = self.prompt_learner.state_dict()
         for key, value in found.items():
             if value.shape != wanted[key].shape:
                 raise UserError(
@@ -382,18 +386,24 @@ def per_class_state(
 
     Entries that hold a row per class (``per_class`` of the modules) are handed to the classes of the same name; where a
     name occurs several times, the first gets the first one's, the second the second one's, and so on. Classes that are
-    not in the state dict keep the row that ``module`` was initialised with.
+    not in the state dict keep the row that ``module`` was initialised with. A module with ``of_classes(state, rows)``
+    does this itself: it is given its own entries, and for each class at hand its number among the known ones or -1.
 
     Args:
         module: built for the classes ``classnames``.
         state: of the classes ``known``, with all of its keys.
     """
-    rows = torch.tensor(matching_names(classnames, known), dtype=torch.long)
+    matches = matching_names(classnames, known)
+    rows = torch.tensor(matches, dtype=torch.long)
     here = rows >= 0
     adapted = dict(state)
-    for prefix, part in module.named_modules():
+    for path, part in module.named_modules():
+        prefix = f"{path}." if path else ""
+        if hasattr(part, "of_classes"):
+            own = {name: state[prefix + name] for name in part.state_dict()}
+            adapted.update({prefix + name: value for name, value in part.of_classes(own, matches).items()})
         for name in getattr(part, "per_class", ()):
-            key = f"{prefix}.{name}" if prefix else name
+            key = prefix + name
             own = getattr(part, name).detach().cpu().clone()
             if state[key].shape[1:] == own.shape[1:]:
                 own[here] = state[key][rows[here]].to(own.dtype)
