@@ -1,18 +1,18 @@
 """Try the paper's mechanisms on the embedded world: every claim in miniature, one command.
 
     python tools/mechanisms.py                # everything; finished runs are taken as they are
-    python tools/mechanisms.py --only loss    # of main, shift, loss, table4a, table4b, table4d, block, k, figure1b
+    python tools/mechanisms.py --only loss    # of main, method, shift, loss, table4a, table4b, table4d, block, k, figure1b
 
 Settings are compared base-to-new on "Shapes" with the embedded CLIP over several seeds, and "shift" from "Shapes" to
 "ShapesShifted". The form of the loss and the learning rates are chosen in the experiment "loss", on validation images
 of the base classes; all other tables are test accuracies with what the configs say. The tables go to
-``output/mechanisms/tables.md``. KEY VALUE pairs overrule the configs.
+``output/mechanisms/tables.md``. Another data set and config can be named. KEY VALUE pairs overrule the configs.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
+import itertools
 import json
 import multiprocessing
 import re
@@ -21,35 +21,36 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from runner import ROOT, arguments, relative, run  # isort: skip (makes `import dassl` work)
 import torch
-from dassl.engine import build_trainer
 from tqdm import tqdm
 
+import figure1
 import train
+from figure1 import of
 from trainers import logoprompt
 from trainers.prompting.results import harmonic_mean, read_results, write_text
-from trainers.prompting.synthetic import draw_colours, fixed_places
+from trainers.prompting.synthetic import draw_colours
 from trainers.prompting.trainer import PromptTrainer
 
 CONFIG = "tiny96_ep10_ctxv1"
 
 
 class Protocol(NamedTuple):
-    """Which classes of "Shapes" are trained on, and what is tested: column -> (data set, classes)."""
+    """Which classes are trained on, and what is tested: column -> (data set, or "" for that of training; classes)."""
 
     trained: str
     tested: dict[str, tuple[str, str]]
 
 
 PROTOCOLS = {
-    "base2new": Protocol("base", {"base": ("shapes", "base"), "new": ("shapes", "new")}),
-    "shift": Protocol("all", {"Shapes": ("shapes", "all"), "ShapesShifted": ("shapes_shifted", "all")}),
+    "base2new": Protocol("base", {"base": ("", "base"), "new": ("", "new")}),
+    "shift": Protocol("all", {"source": ("", "all"), "ShapesShifted": ("shapes_shifted", "all")}),
 }
 
 
@@ -63,13 +64,15 @@ class Row:
     block: str = "text"  # what the visual prompts show: text, noise or plain
     split: str = "test"
     protocol: str = "base2new"
+    dataset: str = "shapes"
+    config: str = CONFIG
 
     @property
     def name(self) -> str:
         """Name of its folder: rows of several experiments with the same settings share their runs."""
         parts = [self.trainer, *(() if self.block == "text" else (self.block,)), *self.opts]
         name = "-".join(part.removeprefix("TRAINER.LOGOPROMPT.") for part in parts)
-        return f"{self.protocol}/{re.sub(r'[^a-zA-Z0-9_.=-]+', '_', name)}"
+        return f"{self.dataset}-{self.config}/{self.protocol}/{re.sub(r'[^a-zA-Z0-9_.=-]+', '_', name)}"
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -82,7 +85,9 @@ def _logo(key: str, *values: Any) -> list[Row]:
     return [Row(f"{key} {value}", opts=(f"TRAINER.LOGOPROMPT.{key}", str(value))) for value in values]
 
 
-def experiments(rates: Sequence[str]) -> dict[str, tuple[str, list[Row]]]:
+def experiments(
+    rates: Sequence[str], dataset: str = "shapes", config: str = CONFIG
+) -> dict[str, tuple[str, list[Row]]]:
     """Title and rows of every experiment. The shipped setting stands in each as it is, without an option."""
     ours = Row("LoGoPrompt as shipped")
     relatives = [Row("ZeroshotCLIP", "ZeroshotCLIP"), Row("CoOp", "CoOp"), ours]
@@ -99,15 +104,32 @@ def experiments(rates: Sequence[str]) -> dict[str, tuple[str, list[Row]]]:
     ]
     uses = _logo("VISUAL_PROMPT", "none", "text_augmentation", "paired")
     blocks = [Row("noise, another for every class", block="noise"), Row("plain, in the class's colour", block="plain")]
-    return {
+    switches = {"TEXT_PROMPT": ("generic", "two_stage"), "TUNE_VISUAL": (False, True), "ADAPTER": (False, True)}
+    method = [
+        Row(
+            f"{text.replace('_', '-')}, {'tunable' if tune else 'frozen'}{', adapter' if adapter else ''}",
+            opts=tuple(
+                word
+                for key, value in zip(switches, (text, tune, adapter))
+                for word in (f"TRAINER.LOGOPROMPT.{key}", str(value))
+            ),
+        )
+        for text, tune, adapter in itertools.product(*switches.values())
+    ]
+    known = {
         "main": ("Base-to-new", relatives),
-        "shift": ("Domain generalization: trained on Shapes", [replace(row, protocol="shift") for row in relatives]),
+        "method": ("Text prompts, visual prompts, adapter", method),
+        "shift": ("Domain generalization: another style", [replace(row, protocol="shift") for row in relatives]),
         "loss": ("The two forms of Eq. 3 over learning rates (validation images)", forms),
         "table4a": ("Table 4a: use of the visual prompts", [*uses, ours]),
         "table4b": ("Table 4b: size of the block (as shipped: 1/7)", [*ratios, ours]),
         "table4d": ("Table 4d: place of the block (as shipped: random)", [*_logo("LOCATION", "top", "bottom"), ours]),
         "block": ("What the block shows", [*blocks, ours]),
         "k": ("Hard negatives and candidates (as shipped: K = 5)", [*_logo("K", 1, 3, 10), ours]),
+    }
+    return {
+        name: (title, [replace(row, dataset=dataset, config=config) for row in rows])
+        for name, (title, rows) in known.items()
     }
 
 
@@ -160,7 +182,7 @@ def measure(row: Row, seed: int, root: Path, output: Path, opts: tuple[str, ...]
     folder = output / row.name / f"seed{seed}"
     path = folder / f"{row.split}.json"
     protocol = PROTOCOLS[row.protocol]
-    train_argv = arguments(row.trainer, "shapes", CONFIG, root, folder / "train", seed, protocol.trained)
+    train_argv = arguments(row.trainer, row.dataset, row.config, root, folder / "train", seed, protocol.trained)
     config = Path(train_argv[train_argv.index("--config-file") + 1])
     settings = [*row.opts, *opts]
     asked = [f"{config.name} ({zlib.crc32(config.read_bytes())})", *settings]  # a config may be edited
@@ -182,7 +204,8 @@ def measure(row: Row, seed: int, root: Path, output: Path, opts: tuple[str, ...]
             found["collapsed"] = read_results(str(folder / "train"))["run"]["collapsed"]
         for column, (dataset, subset) in protocol.tested.items():
             flags = ("--eval-only", *(() if row.trainer == "ZeroshotCLIP" else ("--model-dir", str(folder / "train"))))
-            argv = arguments(row.trainer, dataset, CONFIG, root, folder / f"{row.split}_{column}", seed, subset, flags)
+            out = folder / f"{row.split}_{column}"
+            argv = arguments(row.trainer, dataset or row.dataset, row.config, root, out, seed, subset, flags)
             # Without NUM_SHOTS all validation images are there, not only four a class.
             result = run([*argv, *common, "DATASET.NUM_SHOTS", "0", "TEST.SPLIT", row.split])
             found[column], found[f"images_{column}"] = result["metrics"]["accuracy"], result["images"]
@@ -240,55 +263,29 @@ def choice(rows: Sequence[Row], results: dict[tuple[str, str, int], dict[str, An
 # ------------------------------------------------------------------------------------------------- figure 1b
 
 
-@torch.no_grad()
-def figure1b(root: Path, folder: Path, opts: Sequence[str]) -> str:
+def figure1b(root: Path, folder: Path, dataset: str, config: str, opts: Sequence[str]) -> str:
     """Zero-shot scores of all classes' test images, as they are and with the block of the true or of a wrong class."""
     lines = ["| block | p(y) | p(y) raised in | p(c of the block) | accuracy |", "|---|---|---|---|---|"]
     for kind, title in (("text", "class name"), ("noise", "noise"), ("plain", "plain colour")):
-        argv = arguments("LoGoPrompt", "shapes", CONFIG, root, folder, 1, "all", ("--no-train",))
-        with redirect_stdout(io.StringIO()), other_blocks(kind):
-            trainer = build_trainer(train.setup_cfg(train.parse_args([*argv, *opts])))
-        trainer.set_model_mode("eval")
-        network, text_features = trainer.model, trainer.text_features()  # untrained: "a photo of a [class]."
-        scores: dict[str, list[torch.Tensor]] = {
-            key: [] for key in ("none", "true", "hard", "other", "label", "hard c", "other c")
-        }
-        for batch in tqdm(
-            trainer.test_loader, desc=f"figure 1b, {title}", disable=not sys.stderr.isatty(), leave=False
-        ):
-            (image, paths), label = trainer.parse_batch_test(batch)
-            p = network.log_p(network.backbone.encode_image(image), text_features).exp()
-            hard = p.scatter(1, label.unsqueeze(1), -1).argmax(dim=1)  # the most probable wrong class
-            other = (label + len(p[0]) // 2) % len(p[0])
-            places = fixed_places(paths, network.seed, network.image_size, network.block, network.location)
-            features = network.conditional_features(image, torch.stack([label, hard, other], dim=1), places)
-            conditional = network.log_p(features, text_features).exp()
-            for key, value in (
-                *(("none", p), ("label", label), ("hard c", hard), ("other c", other)),
-                *zip(("true", "hard", "other"), conditional.unbind(1)),
-            ):
-                scores[key].append(value)
-        values = {key: torch.cat(pieces) for key, pieces in scores.items()}
-        label = values["label"]
-
-        def of(key: str, classes: torch.Tensor) -> torch.Tensor:
-            return values[key].gather(1, classes.unsqueeze(1)).squeeze(1)  # noqa: B023 (called in this round only)
-
-        def accuracy(key: str) -> str:
-            return f"{100 * (values[key].argmax(1) == label).float().mean():.1f} %"  # noqa: B023
-
+        argv = arguments("LoGoPrompt", dataset, config, root, folder, 1, "all", ("--no-train",))
+        with other_blocks(kind):
+            trainer = figure1.build(train.parse_args([*argv, *opts]))
+        values = figure1.zero_shot(trainer, f"figure 1b, {title}")
+        plain, label = values["none"], values["label"]
+        p_y = of(plain, label)
         if kind == "text":
-            lines.append(f"| none | {of('none', label).mean():.3f} | | | {accuracy('none')} |")
-        for key, classes, whose in (
-            ("true", label, "the true class"),
-            ("hard", values["hard c"], "the most probable wrong class"),
-            ("other", values["other c"], "any wrong class"),
-        ):
-            raised = 100 * (of(key, label) > of("none", label)).float().mean()
-            change = f"{of('none', classes).mean():.3f} → {of(key, classes).mean():.3f}"
-            cells = (f"{title}, {whose}", f"{of(key, label).mean():.3f}", f"{raised:.0f} % of images", change)
-            lines.append(f"| {' | '.join(cells)} | {accuracy(key)} |")
+            lines.append(f"| none | {p_y.mean():.3f} | | | {_accuracy(plain, label)} |")
+        for name, whose in zip(figure1.BLOCKS, ("the true class", "the most probable wrong class", "any wrong class")):
+            pasted, classes = values[name], values[f"class of {name}"]
+            raised = 100 * (of(pasted, label) > p_y).float().mean()
+            change = f"{of(plain, classes).mean():.3f} → {of(pasted, classes).mean():.3f}"
+            cells = (f"{title}, {whose}", f"{of(pasted, label).mean():.3f}", f"{raised:.0f} % of images", change)
+            lines.append(f"| {' | '.join(cells)} | {_accuracy(pasted, label)} |")
     return "\n".join(lines)
+
+
+def _accuracy(scores: torch.Tensor, label: torch.Tensor) -> str:
+    return f"{100 * (scores.argmax(1) == label).float().mean():.1f} %"
 
 
 # ------------------------------------------------------------------------------------------------- command
@@ -300,6 +297,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     )
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "mechanisms", help="folder for everything")
     parser.add_argument("--data", type=Path, help="data root; default: data/ in the output folder")
+    parser.add_argument("--dataset", default="shapes", help="file in configs/datasets, without .yaml")
+    parser.add_argument("--config", default=CONFIG, help="file in configs/trainers/<trainer>, without .yaml")
     parser.add_argument("--only", nargs="+", default=[], help="names of experiments; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument(
@@ -312,7 +311,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser.parse_args(argv)
     output = args.output.resolve()
     root = (args.data or output / "data").resolve()
-    known = experiments(args.rates)
+    known = experiments(args.rates, args.dataset, args.config)
     unknown = set(args.only) - {*known, "figure1b"}
     if unknown:
         parser.error(f"--only {' '.join(sorted(unknown))}: choose of {', '.join([*known, 'figure1b'])}")
@@ -320,9 +319,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     sections = []
     if not args.only or "figure1b" in args.only:  # draws the data set too, before several processes want it
-        sections.append(
-            ("Figure 1b: zero-shot scores with and without a block", figure1b(root, output / "figure1b", args.opts))
-        )
+        body = figure1b(root, output / "figure1b", args.dataset, args.config, args.opts)
+        sections.append(("Figure 1b: zero-shot scores with and without a block", body))
     jobs = {
         (row.name, row.split, seed): (row, seed) for _, rows in chosen.values() for row in rows for seed in args.seeds
     }
