@@ -1,7 +1,7 @@
 """Try the paper's mechanisms on the embedded world: every claim in miniature, one command.
 
-    python tools/mechanisms.py                # everything; finished runs are taken as they are
-    python tools/mechanisms.py --only loss    # of main, method, shift, loss, table4a, table4b, table4d, block, k, figure1b
+    python tools/mechanisms.py                     # everything; finished runs are taken as they are
+    python tools/mechanisms.py --only loss block   # see --help for the names
 
 Settings are compared base-to-new on "Shapes" with the embedded CLIP over several seeds, and "shift" from "Shapes" to
 "ShapesShifted". The form of the loss and the learning rates are chosen in the experiment "loss", on validation images
@@ -299,7 +299,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--data", type=Path, help="data root; default: data/ in the output folder")
     parser.add_argument("--dataset", default="shapes", help="file in configs/datasets, without .yaml")
     parser.add_argument("--config", default=CONFIG, help="file in configs/trainers/<trainer>, without .yaml")
-    parser.add_argument("--only", nargs="+", default=[], help="names of experiments; default: all")
+    parser.add_argument("--only", nargs="+", default=[], help=f"of {', '.join([*experiments([]), 'figure1b'])}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument(
         "--rates", nargs="+", default=["0.002", "0.01", "0.05", "0.25"], help="learning rates of the experiment loss"
