@@ -84,7 +84,7 @@ def text_images(trainer: Any) -> torch.Tensor:
     network, method = trainer.model, trainer.cfg.TRAINER.LOGOPROMPT
     size, names = network.image_size, trainer.classnames
     pictures = render_blocks(names, size, size, method.VISUAL_SEED, method.MIN_CONTRAST, method.FONT)
-    pictures = (pictures.to(trainer.device) - network.mean) / network.std
+    pictures = network.normalise(pictures.to(trainer.device))
     features = torch.cat([network.backbone.encode_image(part) for part in pictures.split(100)])
     texts = encode_texts(network.backbone, [HAND_MADE.format(clean_name(name)) for name in names])
     return (features.float() * texts.float()).sum(dim=1).cpu()

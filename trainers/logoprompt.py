@@ -8,6 +8,8 @@ C classes, frozen encoders f (image) and g (text), visual prompt V_c, class-cond
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, Callable, Optional
 
 import torch
@@ -108,12 +110,15 @@ class CustomCLIP(nn.Module):
         if self.tune_visual:
             self.prompt_learner.visual_prompts = VisualPrompts(blocks)
         else:
-            self.register_buffer("blocks", blocks, persistent=False)
+            self.register_buffer("rendered", self.normalise(blocks), persistent=False)
 
     @property
     def visual_prompts(self) -> torch.Tensor:
         """V_c: (C, 3, h, w), normalised like the images they are pasted into."""
-        blocks = self.prompt_learner.visual_prompts() if self.tune_visual else self.blocks
+        return self.normalise(self.prompt_learner.visual_prompts()) if self.tune_visual else self.rendered
+
+    def normalise(self, blocks: torch.Tensor) -> torch.Tensor:
+        """RGB in [0, 1] -> what the image encoder takes."""
         return (blocks - self.mean) / self.std
 
     def add_adapter(self, method: CN, n_images: int) -> None:
@@ -156,17 +161,12 @@ class CustomCLIP(nn.Module):
         n = classes.shape[1]
         owner = torch.arange(len(image)).repeat_interleave(n)
         learning = self.tune_visual and self.adapter is None and torch.is_grad_enabled()
+        encode = partial(checkpoint, self._encode_pasted, use_reentrant=False) if learning else self._encode_pasted
         chunk = GRADIENT_CHUNK if learning else CHUNK
-        pieces = []
         with torch.set_grad_enabled(learning):
             blocks = self.visual_prompts
-            for i, c in zip(owner.split(chunk), classes.flatten().split(chunk)):
-                words = image[i], blocks[c], places[i]
-                pieces.append(
-                    checkpoint(self._encode_pasted, *words, use_reentrant=False)
-                    if learning
-                    else self._encode_pasted(*words)
-                )
+            chunks = zip(owner.split(chunk), classes.flatten().split(chunk))
+            pieces = [encode(image[i], blocks[c], places[i]) for i, c in chunks]
             return torch.cat(pieces).view(len(image), n, -1)
 
     def _encode_pasted(self, image: torch.Tensor, blocks: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -180,7 +180,7 @@ class CustomCLIP(nn.Module):
         """
         with torch.no_grad():  # the image encoder is frozen: nothing is learned from the original image's pixels
             image_features = self.backbone.encode_image(image)
-        with torch.set_grad_enabled(self.adapter is None):
+        with nullcontext() if self.adapter is None else torch.no_grad():
             text_features = self.text_features()
         log_p = self.log_p(image_features, text_features)
 
