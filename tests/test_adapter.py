@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
-from test_logoprompt import build, naive_probabilities, naive_text_features
+from test_logoprompt import build, naive_paste, naive_probabilities, naive_text_features
 from test_two_stage import run, states  # noqa: F401 (a fixture)
 from tiny import NAMES, SIZE
 from torch.nn.functional import normalize
 
 from trainers.prompting.adapter import ALPHAS, BETAS, CacheAdapter
+from trainers.prompting.synthetic import fixed_places, random_places
 from trainers.prompting.trainer import per_class_state
 
 BASE = NAMES[:4]
@@ -67,20 +68,39 @@ def build_method():
 
 def test_every_probability_of_the_method_has_it(clip_file):
     """The loss's and the selection's p(c|x) and p(c|x_c) are softmaxes of logits with the cache's additions."""
-    model = build(clip_file, TEXT_PROMPT="generic", VISUAL_PROMPT="none")
+    model = build(clip_file, TEXT_PROMPT="generic", K=3)
     model.backbone.logit_scale.data.fill_(2.5)
     model.add_adapter(build_method(), 10)
     model.prompt_learner.adapter.fill(normalize(torch.randn(10, 24), dim=1), torch.arange(10) % len(NAMES))
-    images = torch.randn(3, 3, SIZE, SIZE)
+    images, paths = torch.randn(3, 3, SIZE, SIZE), list("abc")
+
+    def p(image):
+        plain = naive_probabilities(model, image, text)
+        feature = normalize(model.backbone.visual(image[None]), dim=-1)[0].tolist()
+        odds = [v * math.exp(a) for v, a in zip(plain, naive_additions(model.adapter, feature, len(NAMES)))]
+        return [o / sum(odds) for o in odds]
+
     with torch.no_grad():
-        _, log_p = model(images, torch.arange(3))
         text = naive_text_features(model)
-        for image, found in zip(images, log_p):
-            plain = naive_probabilities(model, image, text)
-            feature = normalize(model.backbone.visual(image[None]), dim=-1)[0].tolist()
-            added = naive_additions(model.adapter, feature, len(NAMES))
-            odds = [p * math.exp(a) for p, a in zip(plain, added)]
-            assert found.exp().tolist() == pytest.approx([o / sum(odds) for o in odds], rel=1e-3, abs=1e-5)
+        torch.manual_seed(7)
+        losses, log_p = model(images, torch.arange(3))
+        torch.manual_seed(7)
+        random, fixed = (
+            random_places(3, SIZE, model.block, "random"),
+            fixed_places(paths, 0, SIZE, model.block, "random"),
+        )
+        scores = model.select(images, paths, model.text_features())
+        for i, image in enumerate(images):
+            original = p(image)
+            assert log_p[i].exp().tolist() == pytest.approx(original, rel=1e-3, abs=1e-5)
+            best = sorted(range(len(NAMES)), key=lambda c: -original[c])  # noqa: B023 (called at once)
+            for c in best[:3]:
+                conditional = p(naive_paste(image, model.visual_prompts[c], *fixed[i].tolist()))
+                assert scores[i, c].exp().item() == pytest.approx(max(original[c], conditional[c]), rel=1e-3)
+            pasted = {c: p(naive_paste(image, model.visual_prompts[c], *random[i].tolist())) for c in range(len(NAMES))}
+            positive = min(original[i], pasted[i][i])
+            negatives = sum(max(original[c], pasted[c][c]) for c in [c for c in best if c != i][:3])
+            assert losses[i].item() == pytest.approx(-math.log(positive / (positive + negatives)), rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("text", ["two_stage", "generic"])
@@ -189,8 +209,43 @@ def test_the_search_looks_at_validation_images_only(run, monkeypatch, capsys):  
     paths = [[item.impath for item in loader.dataset.data_source] for loader in seen]
     assert paths == [[i.impath for i in items] for items in (trained.dm.dataset.train_x, trained.dm.dataset.val)]
     stored = states(run)[5]
+    assert trained.model.adapter.alpha == stored["adapter.alpha"]
     assert stored["adapter.alpha"].item() in ALPHAS and stored["adapter.beta"].item() in BETAS
     assert "chosen on 8 validation images" in (run.folder / "run" / "log.txt").read_text()
+
+
+def test_there_is_no_search_where_validation_images_are_test_images(run, monkeypatch, capsys):  # noqa: F811
+    from datasets.splits import SplitDataset
+
+    original = SplitDataset.__init__
+
+    def validate_on_test(self, cfg):  # as CoOp's ImageNet does
+        original(self, cfg)
+        self._val = self._test
+
+    monkeypatch.setattr(SplitDataset, "__init__", validate_on_test)
+    run(*ON, "TRAINER.LOGOPROMPT.ADAPTER_SEARCH", "True", status=2)
+    assert "no validation images of its own" in capsys.readouterr().err.splitlines()[-1]
+    run("TRAINER.LOGOPROMPT.ADAPTER_SEARCH", "True", status=2)
+    assert "without ADAPTER True" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("key, value", [("OPTIM.MAX_EPOCH", 9), ("DATASET.NUM_SHOTS", 2)])
+def test_a_run_of_another_timetable_is_not_taken_up_elsewhere(run, capsys, key, value):  # noqa: F811
+    run(*ON)
+    run(*ON, key, value, flags=["--resume", run.folder / "run"], out="further", status=2)
+    assert f"{key} " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_may_start_from_the_weights_of_a_finished_one(run):  # noqa: F811
+    """Contexts of stage 2 and the cache do not pass for the beginning of stage 1."""
+    run(*ON)
+    weights = run.folder / "run" / "prompt_learner" / "model.pth.tar-5"
+    run(*ON, "TRAIN.CHECKPOINT_FREQ", "1", "MODEL.INIT_WEIGHTS", weights, out="further")
+    before, found = states(run)[5], states(run, "further")
+    assert not found[1]["trained"].any() and (found[1]["adapter.labels"] < 0).all()
+    assert not torch.equal(found[2]["meta_net.linear2.bias"], before["meta_net.linear2.bias"])
+    assert found[5]["trained"].all() and (found[5]["adapter.labels"] >= 0).all()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ def runs(tmp_path, script, *words, **environment):
     """What train.py would be called with: a list of {flag or key: value} per call."""
     done = run_script(
         tmp_path, *words, script=ROOT / "scripts" / "logo" / f"{script}.sh",
-        **{"CFG": "", "PYTHON": "echo", "OUTPUT": "out", **environment},
+        **{"CFG": "", "SHOTS": "", "PYTHON": "echo", "OUTPUT": "out", **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = []
@@ -51,19 +51,39 @@ def test_few_shot_takes_the_epochs_that_belong_to_the_shots(tmp_path):
     (one,) = runs(tmp_path, "few_shot", "shapes", "4", "2", "OPTIM.LR", "0.1", TRAINER="CoOp")
     assert (config(one), one["DATASET.NUM_SHOTS"], one["--seed"]) == ("CoOp/tiny96_ep10_ctxv1", "4", "2")
     assert one["OPTIM.LR"] == "0.1"
+    assert {c["DATASET.NUM_SHOTS"] for c in runs(tmp_path, "few_shot", "shapes", SHOTS="2 8")} == {"2", "8"}
 
 
 def test_domain_generalization_trains_once_and_tests_every_target(tmp_path):
-    found = runs(tmp_path, "domain_generalization", SOURCE="shapes", TARGETS="shapes_shifted shapes")
+    found = runs(tmp_path, "domain_generalization", SOURCE="shapes", TARGETS="shapes_shifted caltech101")
     assert [call["--seed"] for call in found] == [s for s in SEEDS for _ in range(3)]
     for source, *targets in zip(found[::3], found[1::3], found[2::3]):
         assert "shapes.yaml" in source["--dataset-config-file"] and "--eval-only" not in source
-        for call, name in zip(targets, ("shapes_shifted", "shapes")):
+        for call, name in zip(targets, ("shapes_shifted", "caltech101")):
             assert call["--dataset-config-file"].endswith(f"/{name}.yaml")
             assert call["--eval-only"] and call["--model-dir"] == source["--output-dir"]
             assert config(call) == config(source) == "LoGoPrompt/tiny96_ep10_ctxv1"
     zero_shot = runs(tmp_path, "cross_dataset", "1", SOURCE="shapes", TARGETS="shapes_shifted", TRAINER="ZeroshotCLIP")
     assert [call["--eval-only"] for call in zero_shot] == [True, True]
+
+
+def test_runs_of_another_source_or_config_are_not_mixed_up(tmp_path):
+    """A finished run answers only for the command that made it; a target does not change the source's config."""
+    fake = tmp_path / "python"
+    loop = 'for word; do [ "$last" = --output-dir ] && echo {} > "$word/results.json"; last=$word; done'
+    fake.write_text(f"#!/bin/sh\n{loop}\n")
+    fake.chmod(0o755)
+    words = {"OUTPUT": "out", "CFG": "", "PYTHON": "./python", "TARGETS": "shapes caltech101 shapes_shifted"}
+    script = ROOT / "scripts" / "logo" / "cross_dataset.sh"
+    for source, config_name in (("caltech101", "vit_b16_ep50_ctxv1"), ("shapes", "tiny96_ep10_ctxv1")):
+        done = run_script(tmp_path, "1", script=script, SOURCE=source, **words)
+        assert done.returncode == 0 and "skipped" not in done.stdout, done.stderr
+        folders = sorted(p.parent for p in (tmp_path / "out/cross_dataset" / f"from_{source}").rglob("results.json"))
+        assert len(folders) == 3 and all(config_name in str(folder) for folder in folders)
+        done = run_script(tmp_path, "1", script=script, SOURCE=source, **words)
+        assert done.returncode == 0 and done.stdout.count("finished before, skipped") == 3
+    eleven = runs(tmp_path, "cross_dataset", "1", SOURCE="caltech101", TARGETS="caltech101 shapes")
+    assert [call["--dataset-config-file"].split("/")[-1] for call in eleven] == ["caltech101.yaml", "shapes.yaml"]
 
 
 def test_ablation_runs_every_row_of_table_4(tmp_path):
@@ -74,14 +94,18 @@ def test_ablation_runs_every_row_of_table_4(tmp_path):
         for call in found
     ]
     for key, values in {
-        "VISUAL_PROMPT": {"none", "text_augmentation", "paired", "selection"},
-        "BLOCK_HEIGHT": {"0.0714285714", "0.1428571429", "0.2857142857"},
-        "N_CTX": {"2", "8", "16"},
-        "LOCATION": {"top", "bottom", "random"},
+        "VISUAL_PROMPT": {"none", "text_augmentation", "paired"},
+        "BLOCK_HEIGHT": {"0.0714285714", "0.2857142857"},
+        "N_CTX": {"2", "8"},  # 16 is the config's
+        "LOCATION": {"top", "bottom"},
     }.items():
         assert {value for row in rows for k, value in row if k == key} == values
-    assert len({call["--output-dir"] for call in found}) == len(found) == 13
+    assert rows.count(()) == 1  # what is shipped is the last row of all four parts, and is run once
+    assert len({call["--output-dir"] for call in found}) == len(found) == 10
     assert {config(call) for call in found} == {"LoGoPrompt/rn50"}
+    assert len(runs(tmp_path, "ablation", "shapes", "1")) == 11  # whose config starts from four words
+    done = run_script(tmp_path, "shapes", script=ROOT / "scripts/logo/ablation.sh", TRAINER="CoOp", CFG="")
+    assert done.returncode == 2 and "ablations of LoGoPrompt" in done.stderr
 
 
 @pytest.mark.parametrize("script", ["base2new", "few_shot", "domain_generalization", "cross_dataset", "ablation"])

@@ -170,7 +170,9 @@ def test_the_rate_of_the_pixels_follows_the_schedule(run, monkeypatch):  # noqa:
 
     monkeypatch.setattr(LoGoPrompt, "run_epoch", note)
     run("TRAINER.LOGOPROMPT.TUNE_VISUAL", "True", "TRAINER.LOGOPROMPT.VISUAL_LR", "10.0", "OPTIM.LR", "0.1")
-    for text, visual in (pair for pair in rates if pair[0] > 1e-4):
+    learning = [pair for pair in rates if pair[0] > 1e-4]
+    assert len(learning) == 3  # five epochs, of which each stage warms up for one
+    for text, visual in learning:
         assert visual == pytest.approx(100 * text)
     assert rates[0] == [1e-5, 1e-5]  # the warm-up's rate is that of all
 

@@ -55,6 +55,7 @@ def extend_cfg(cfg: CN) -> None:
     # Epochs of OPTIM.MAX_EPOCH that are stage 1, each stage with a schedule (and warm-up) of its own; -1: half of them
     cfg.TRAINER.LOGOPROMPT.STAGE1_EPOCHS = -1
     cfg.TRAINER.LOGOPROMPT.STAGE2_LR = 0.0  # learning rate of stage 2; 0: OPTIM.LR
+    cfg.TRAINER.LOGOPROMPT.MLP_REDUCTION = 16  # width of the text features / width of the MLP of stage 1
     cfg.TRAINER.LOGOPROMPT.VISUAL_PROMPT = "selection"  # selection, paired, text_augmentation or none (Table 4a)
     cfg.TRAINER.LOGOPROMPT.TUNE_VISUAL = False  # optimise the pixels of the visual prompts too
     cfg.TRAINER.LOGOPROMPT.VISUAL_LR = 1.0  # their learning rate, of colours in [0, 1]; OPTIM's schedule scales it
@@ -94,8 +95,15 @@ class CustomCLIP(nn.Module):
         self.image_size = clip_model.input_resolution
 
         # 3.1 Text prompts p_c = [u_1 … u_M, e_c] with a context of the class's own, or one that all classes share.
-        learner = TwoStagePromptLearner if method.TEXT_PROMPT == "two_stage" else PromptLearner
-        self.prompt_learner = learner(clip_model, classnames, method.N_CTX, method.CTX_INIT)
+        words = clip_model, classnames, method.N_CTX, method.CTX_INIT
+        if method.TEXT_PROMPT == "two_stage":
+            self.prompt_learner = TwoStagePromptLearner(*words, method.MLP_REDUCTION)
+        else:
+            self.prompt_learner = PromptLearner(*words)
+            # What is learned is in float32 whatever the encoders' precision; a scaled loss needs that too.
+            self.prompt_learner.ctx.data = self.prompt_learner.ctx.data.to(
+                torch.promote_types(clip_model.dtype, torch.float32)
+            )
         self.text_encoder = TextEncoder(clip_model)
 
         # 3.2 Class-wise visual prompts V_c. They start as rendered class names; tunable ones are learned from there.
@@ -166,11 +174,14 @@ class CustomCLIP(nn.Module):
         with torch.set_grad_enabled(learning):
             blocks = self.visual_prompts
             chunks = zip(owner.split(chunk), classes.flatten().split(chunk))
-            pieces = [encode(image[i], blocks[c], places[i]) for i, c in chunks]
+            pieces = [encode(image, blocks, places, i, c) for i, c in chunks]
             return torch.cat(pieces).view(len(image), n, -1)
 
-    def _encode_pasted(self, image: torch.Tensor, blocks: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        return self.backbone.encode_image(paste(image, blocks, places))
+    def _encode_pasted(
+        self, image: torch.Tensor, blocks: torch.Tensor, places: torch.Tensor, i: torch.Tensor, c: torch.Tensor
+    ) -> torch.Tensor:
+        """f(x_c) for pairs of an image (its number i) and a class c; indexed in here, nothing pasted is kept."""
+        return self.backbone.encode_image(paste(image[i], blocks[c], places[i]))
 
     def forward(self, image: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Training (3.3): images (B, 3, H, W) and labels (B,) -> losses (B,) and log p(c|x) (B, C).
@@ -233,6 +244,7 @@ class LoGoPrompt(PromptTrainer):
     """Text prompts learned by the min-max loss over class-conditional images; prediction by selection."""
 
     network = CustomCLIP
+    scaled = ("amp", "fp16")  # gradients of pixels, and of an MLP whose output hardly depends on its input, are small
 
     def check_cfg(self, cfg: CN) -> None:
         super().check_cfg(cfg)
@@ -251,8 +263,12 @@ class LoGoPrompt(PromptTrainer):
                 f"TRAINER.LOGOPROMPT.ADAPTER_EPOCHS {method.ADAPTER_EPOCHS}: must be 1 to OPTIM.MAX_EPOCH ({total}), "
                 "or -1 for a fifth of it"
             )
+        if method.ADAPTER_SEARCH and not method.ADAPTER:
+            raise UserError("TRAINER.LOGOPROMPT.ADAPTER_SEARCH True: there is nothing to choose without ADAPTER True")
+        if method.MLP_REDUCTION < 1:
+            raise UserError(f"TRAINER.LOGOPROMPT.MLP_REDUCTION {method.MLP_REDUCTION}: must be at least 1")
         left = total - self.adapter_epochs(cfg)
-        if not -1 <= method.STAGE1_EPOCHS <= left:
+        if method.TEXT_PROMPT == "two_stage" and not -1 <= method.STAGE1_EPOCHS <= left:
             raise UserError(
                 f"TRAINER.LOGOPROMPT.STAGE1_EPOCHS {method.STAGE1_EPOCHS}: must be 0 to {left}, OPTIM.MAX_EPOCH less "
                 "the adapter's, or -1 for half of it"
@@ -274,8 +290,16 @@ class LoGoPrompt(PromptTrainer):
 
     def build_network(self, clip_model: Backbone) -> nn.Module:
         network = super().build_network(clip_model)
-        if self.cfg.TRAINER.LOGOPROMPT.ADAPTER:
-            network.add_adapter(self.cfg.TRAINER.LOGOPROMPT, len(self.dm.dataset.train_x))
+        method, dataset = self.cfg.TRAINER.LOGOPROMPT, self.dm.dataset
+        if method.ADAPTER:
+            network.add_adapter(method, len(dataset.train_x))
+        if method.ADAPTER_SEARCH:
+            test = {item.impath for item in dataset.test}
+            if not dataset.val or any(item.impath in test for item in dataset.val):  # CoOp's ImageNet validates on test
+                raise UserError(
+                    f"TRAINER.LOGOPROMPT.ADAPTER_SEARCH True: {self.cfg.DATASET.NAME} has no validation images of its "
+                    "own to choose on; set ADAPTER_ALPHA and ADAPTER_BETA instead"
+                )
         return network
 
     def parameter_groups(self, prompt_learner: nn.Module) -> Optional[list[dict[str, Any]]]:
@@ -303,7 +327,7 @@ class LoGoPrompt(PromptTrainer):
             return 0
         return method.ADAPTER_EPOCHS if method.ADAPTER_EPOCHS > 0 else max(1, cfg.OPTIM.MAX_EPOCH // 5)
 
-    def plan(self) -> list[tuple[Optional[Callable[[], None]], int, float]]:
+    def plan(self) -> list[tuple[Callable[[], None], int, float]]:
         """What begins each stage, its epochs and its learning rate: the MLP that generates contexts, the contexts
         themselves (3.1), the cache."""
         method, optim = self.cfg.TRAINER.LOGOPROMPT, self.cfg.OPTIM
@@ -311,11 +335,24 @@ class LoGoPrompt(PromptTrainer):
         left = optim.MAX_EPOCH - last
         if method.TEXT_PROMPT == "two_stage":
             n = method.STAGE1_EPOCHS if method.STAGE1_EPOCHS >= 0 else (left + 1) // 2
-            begin = self.prompt_learner.begin_stage_2
-            stages = [(None, n, optim.LR), (begin, left - n, method.STAGE2_LR or optim.LR)]
+            second = self.prompt_learner.begin_stage_2, left - n, method.STAGE2_LR or optim.LR
+            stages = [(self.begin_text, n, optim.LR), second]
         else:
-            stages = [(None, left, optim.LR)]
+            stages = [(self.begin_text, left, optim.LR)]
         return [*stages, (self.fill_adapter, last, optim.LR)]
+
+    def begin_text(self) -> None:
+        """Nothing of a later stage is there yet, also where weights were loaded to start from."""
+        if self.model.adapter is not None:
+            self.model.adapter.empty()
+        if hasattr(self.prompt_learner, "begin_stage_1"):
+            self.prompt_learner.begin_stage_1()
+
+    def timetable_keys(self) -> tuple[str, ...]:
+        method = self.cfg.TRAINER.LOGOPROMPT
+        keys = [f"TRAINER.LOGOPROMPT.{key}" for key in ("TEXT_PROMPT", "STAGE1_EPOCHS", "ADAPTER", "ADAPTER_EPOCHS")]
+        staged = method.TEXT_PROMPT == "two_stage" or method.ADAPTER
+        return (*keys, "OPTIM.MAX_EPOCH", "DATASET.NUM_SHOTS") if staged else tuple(keys)
 
     def stages(self) -> list[CN]:
         nodes = []
@@ -328,9 +365,7 @@ class LoGoPrompt(PromptTrainer):
 
     def begin_stage(self, index: int) -> None:
         super().begin_stage(index)
-        begin = self.plan()[index][0]
-        if begin is not None:
-            begin()
+        self.plan()[index][0]()
 
     @torch.no_grad()
     def fill_adapter(self) -> None:
@@ -343,10 +378,11 @@ class LoGoPrompt(PromptTrainer):
 
     def features(self, loader: Iterable[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, E) image features and (N,) labels of all images of a loader."""
-        pairs = [
-            (self.model.backbone.encode_image(batch["img"].to(self.device)), batch["label"].to(self.device))
-            for batch in loader
-        ]
+        with self.autocast:
+            pairs = [
+                (self.model.backbone.encode_image(batch["img"].to(self.device)), batch["label"].to(self.device))
+                for batch in loader
+            ]
         features, labels = zip(*pairs)
         return torch.cat(features).float(), torch.cat(labels)
 
@@ -358,12 +394,9 @@ class LoGoPrompt(PromptTrainer):
     @torch.no_grad()
     def search_scalars(self) -> None:
         """Choose the cache's alpha and beta on the validation images, never on test images."""
-        if self.val_loader is None:
-            raise UserError(
-                "TRAINER.LOGOPROMPT.ADAPTER_SEARCH True: the data set has no validation images to choose on"
-            )
         features, label = self.features(self.val_loader)
-        logits = self.model.backbone.logits(features, self.text_features())
+        with self.autocast:
+            logits = self.model.backbone.logits(features, self.text_features())
         accuracy, adapter = self.model.adapter.choose(features, logits, label), self.model.adapter
         print(
             f"Adapter: alpha {adapter.alpha:g}, beta {adapter.beta:g}, chosen on {len(label)} validation images "

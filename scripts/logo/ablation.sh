@@ -4,10 +4,12 @@
 #
 #   bash scripts/logo/ablation.sh DATASET [SEED] [KEY VALUE …]      without a seed: 1, 2 and 3
 #
-# Environment as for base2new.sh. A row's runs are in $OUTPUT/ablation/<row>/….
+# Environment as for base2new.sh. A row's runs are in $OUTPUT/ablation/<row>/…; the row "shipped" is the one that all
+# parts of the table share: selection, 1/7, random place, and with RN50 M = 16.
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 
 arguments "bash ${BASH_SOURCE[0]} DATASET [SEED] [KEY VALUE ...]" DATASET SEED -- "$@"
+if [ "$TRAINER" != LoGoPrompt ]; then fail "TRAINER $TRAINER: these are ablations of LoGoPrompt"; fi
 if [ "$DATASET" = imagenet ]; then config imagenet rn50_ep50; else config "$DATASET" rn50; fi
 
 OVERRIDES=(${OPTS[@]+"${OPTS[@]}"})
@@ -21,9 +23,10 @@ row() {
     done
 }
 
-for USE in none text_augmentation paired selection; do row "4a_$USE" TRAINER.LOGOPROMPT.VISUAL_PROMPT "$USE"; done
+row shipped
+for USE in none text_augmentation paired; do row "4a_$USE" TRAINER.LOGOPROMPT.VISUAL_PROMPT "$USE"; done
 row 4b_1_14 TRAINER.LOGOPROMPT.BLOCK_HEIGHT 0.0714285714
-row 4b_1_7 TRAINER.LOGOPROMPT.BLOCK_HEIGHT 0.1428571429
 row 4b_2_7 TRAINER.LOGOPROMPT.BLOCK_HEIGHT 0.2857142857
-for M in 2 8 16; do row "4c_$M" TRAINER.LOGOPROMPT.CTX_INIT "" TRAINER.LOGOPROMPT.N_CTX "$M"; done
-for PLACE in top bottom random; do row "4d_$PLACE" TRAINER.LOGOPROMPT.LOCATION "$PLACE"; done
+for M in 2 8; do row "4c_$M" TRAINER.LOGOPROMPT.CTX_INIT "" TRAINER.LOGOPROMPT.N_CTX "$M"; done
+case $CFG in *ctxv1) row 4c_16 TRAINER.LOGOPROMPT.CTX_INIT "" TRAINER.LOGOPROMPT.N_CTX 16 ;; esac
+for PLACE in top bottom; do row "4d_$PLACE" TRAINER.LOGOPROMPT.LOCATION "$PLACE"; done

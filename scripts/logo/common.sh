@@ -1,8 +1,10 @@
 # What the scripts of this folder share; they source it. Reads the environment (see the README), goes to the
 # repository's root and offers
 #   arguments "USAGE" NAMES… -- WORDS…   words of the command line: NAMES are set in their order, then SEEDS and OPTS
-#   config DATASET [CFG]                 sets CFG; both files must exist
+#   config DATASET CFG                   sets CFG, unless the environment has it; both files must exist
 #   run DIR DATASET SUBSET [FLAGS …] -- [KEY VALUE …]   one run of train.py: skipped when finished, resumed when not
+#   learn DIR DATASET SUBSET             the same with OPTS; for ZeroshotCLIP the test alone
+#   transfer KIND SOURCE TARGETS CFG     trains on SOURCE, tests there and on the TARGETS
 set -euo pipefail
 unset CDPATH
 
@@ -34,9 +36,10 @@ if [ "$TRAINER" = ZeroshotCLIP ]; then CFG_DIR=CoOp; fi # as in CoOp: it has no 
 if [ -z "${PYTHON:-}" ]; then
     if [ -x "$ROOT/.venv/bin/python" ]; then PYTHON=$ROOT/.venv/bin/python; else PYTHON=python; fi
 fi
+case $PYTHON in */*) PYTHON=$(absolute "$PYTHON") ;; esac
 cd "$ROOT"
 
-# A word is a number from 1 on, or the first KEY of the overrides (it has a dot); "" ends the words.
+# A word that has a dot is the first KEY of the overrides.
 number() {
     case $2 in '' | 0* | *[!0-9]*) fail "$1 $2: a whole number from 1 on is needed" ;; esac
 }
@@ -70,10 +73,12 @@ config() {
     CFG=${ASKED_CFG:-$2}
     # the embedded world, with the embedded CLIP
     if [ -z "$ASKED_CFG" ] && [[ $1 == shapes* ]]; then CFG=tiny96_ep10_ctxv1; fi
-    local file
-    for file in "configs/datasets/$1.yaml" "configs/trainers/$CFG_DIR/$CFG.yaml"; do
-        if [ ! -f "$file" ]; then fail "$ROOT/$file: no such file; see the data set, TRAINER and CFG"; fi
-    done
+    need "configs/datasets/$1.yaml"
+    need "configs/trainers/$CFG_DIR/$CFG.yaml"
+}
+
+need() {
+    if [ ! -f "$1" ]; then fail "$ROOT/$1: no such file; see the data set, TRAINER and CFG"; fi
 }
 
 run() {
@@ -82,8 +87,8 @@ run() {
     while [ "$1" != -- ]; do flags+=("$1"); shift; done
     shift
     # What the folder's name does not say, so that an old result is never taken for that of another command.
-    local config="configs/trainers/$CFG_DIR/$CFG.yaml" asked
-    asked="BACKBONE=$BACKBONE $config ($(cksum < "$config" | cut -d' ' -f1)) $*"
+    local config="configs/trainers/$CFG_DIR/$CFG.yaml" data="configs/datasets/$dataset.yaml" asked
+    asked="BACKBONE=$BACKBONE $data ($(cksum < "$data" | cut -d' ' -f1)) $config ($(cksum < "$config" | cut -d' ' -f1)) $*"
     if [ -f "$dir/results.json" ] || [ -f "$dir/prompt_learner/checkpoint" ]; then
         if [ "$(cat "$dir/asked.txt" 2> /dev/null)" != "$asked" ]; then
             fail "$dir belongs to another run ($(cat "$dir/asked.txt" 2> /dev/null), now $asked): set OUTPUT or delete it"
@@ -100,7 +105,7 @@ run() {
         --seed "$SEED" \
         --trainer "$TRAINER" \
         ${BACKBONE:+--backbone "$BACKBONE"} \
-        --dataset-config-file "configs/datasets/$dataset.yaml" \
+        --dataset-config-file "$data" \
         --config-file "$config" \
         --output-dir "$dir" \
         ${flags[@]+"${flags[@]}"} \
@@ -109,7 +114,6 @@ run() {
         "$@"
 }
 
-# learn DIR DATASET SUBSET: a training run with its test, or for ZeroshotCLIP the test alone
 learn() {
     if [ "$TRAINER" = ZeroshotCLIP ]; then
         run "$1" "$2" "$3" --eval-only -- ${OPTS[@]+"${OPTS[@]}"}
@@ -118,17 +122,18 @@ learn() {
     fi
 }
 
-# transfer KIND SOURCE TARGETS CFG: train on all classes of SOURCE, test there and on the TARGETS
 transfer() {
-    local kind=$1 source=$2 targets=$3 target common dir
+    local kind=$1 source=$2 targets=$3 target folder common
     config "$source" "$4"
-    for target in $targets; do config "$target" "$CFG"; done
+    for target in $targets; do need "configs/datasets/$target.yaml"; done
     for SEED in $SEEDS; do
+        folder=$OUTPUT/$kind/from_$source
         common=shots_$SHOTS/$TRAINER/$CFG/seed$SEED
-        dir=$OUTPUT/$kind/source/$source/$common
-        learn "$dir" "$source" all
+        learn "$folder/$source/$common" "$source" all
         for target in $targets; do
-            run "$OUTPUT/$kind/target/$target/$common" "$target" all --eval-only --model-dir "$dir" -- ${OPTS[@]+"${OPTS[@]}"}
+            if [ "$target" = "$source" ]; then continue; fi
+            run "$folder/$target/$common" "$target" all \
+                --eval-only --model-dir "$folder/$source/$common" -- ${OPTS[@]+"${OPTS[@]}"}
         done
     done
 }

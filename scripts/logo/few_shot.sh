@@ -3,10 +3,11 @@
 #
 #   bash scripts/logo/few_shot.sh DATASET [SHOTS [SEED]] [KEY VALUE …]      without shots: 1, 2, 4, 8, 16; seeds 1, 2, 3
 #
-# Environment as for base2new.sh.
+# Environment as for base2new.sh; SHOTS may be several numbers.
+ALL_SHOTS=${SHOTS:-1 2 4 8 16}
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 
-SHOTS="1 2 4 8 16"
+SHOTS=$ALL_SHOTS
 arguments "bash ${BASH_SOURCE[0]} DATASET [SHOTS [SEED]] [KEY VALUE ...]" DATASET SHOTS SEED -- "$@"
 for SHOTS in $SHOTS; do
     # CoOp's schedule

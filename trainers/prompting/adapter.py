@@ -35,21 +35,27 @@ class CacheAdapter(nn.Module):
         self.register_buffer("labels", torch.full((n_keys,), -1))
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         self.register_buffer("beta", torch.tensor(float(beta)))
+        self.filled = False  # whether there are keys of classes at hand; known here so that no step has to ask a GPU
+        self.register_load_state_dict_post_hook(lambda module, _: module._count())
 
-    @property
-    def filled(self) -> bool:
-        """Whether it has keys of classes at hand."""
-        return bool((self.labels >= 0).any())
+    def _count(self) -> None:
+        self.filled = bool((self.labels >= 0).any())
 
     @torch.no_grad()
     def fill(self, features: torch.Tensor, labels: torch.Tensor) -> None:
         """Take (N, E) image features of unit length and their (N,) labels as they are."""
         self.keys.copy_(features)
         self.labels.copy_(labels)
+        self._count()
+
+    def empty(self) -> None:
+        """Forget all keys."""
+        self.labels.fill_(-1)
+        self._count()
 
     def affinity(self, image_features: torch.Tensor) -> torch.Tensor:
-        """(…, E) of unit length -> (…, N) cosines with the keys of classes at hand, in order."""
-        keys = nn.functional.normalize(self.keys[self.labels >= 0], dim=-1)
+        """(…, E) of unit length -> (…, N) cosines with the keys."""
+        keys = nn.functional.normalize(self.keys, dim=-1)
         return image_features.to(keys.dtype) @ keys.t()
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
@@ -58,13 +64,14 @@ class CacheAdapter(nn.Module):
 
     def additions(self, affinity: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
         """(…, N) cosines with the keys -> (…, C) what is added to the logits."""
-        values = nn.functional.one_hot(self.labels[self.labels >= 0], self.n_cls).to(affinity.dtype)
-        return alpha * (-beta * (1 - affinity)).exp() @ values
+        added = affinity.new_zeros(*affinity.shape[:-1], self.n_cls + 1)  # one more for classes that are not at hand
+        labels = torch.where(self.labels >= 0, self.labels, self.n_cls)
+        return alpha * added.index_add(-1, labels, (-beta * (1 - affinity)).exp())[..., :-1]
 
     @torch.no_grad()
     def choose(self, image_features: torch.Tensor, logits: torch.Tensor, label: torch.Tensor) -> float:
-        """Set alpha and beta to those of the grid with the highest accuracy on (N,) validation images; among equals the
-        least alpha, then the least beta. Returns the accuracy in percent.
+        """Set alpha and beta to those of the grid with the highest accuracy on N validation images as they are, without
+        selection; among equals the least alpha, then the least beta. Returns the accuracy in percent.
 
         Args:
             image_features: (N, E); logits: (N, C) without the cache; label: (N,).

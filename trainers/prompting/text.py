@@ -19,7 +19,6 @@ from .names import clean_name
 
 POSITIONS = ("end", "middle", "front")
 HAND_MADE = "a photo of a {}."  # the prompt that class-specific contexts are generated from
-REDUCTION = 16  # E / hidden units of the MLP that does so, as in CoCoOp's Meta-Net
 
 
 def encode_tokens(backbone: Backbone, texts: Sequence[str], reserved: int = 0) -> list[list[int]]:
@@ -172,7 +171,7 @@ class PromptLearner(nn.Module):
 
     def around(self, ctx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put [SOS], names and [EOT] around contexts (C, M, D); returns what :meth:`forward` does."""
-        prompts = torch.cat([self.token_prefix, ctx, self.token_suffix], dim=1)
+        prompts = torch.cat([self.token_prefix, ctx.to(self.token_prefix.dtype), self.token_suffix], dim=1)
         if self.order is not None:
             prompts = prompts.gather(1, self.order.unsqueeze(-1).expand_as(prompts))
         return prompts, self.eot
@@ -189,33 +188,45 @@ class TwoStagePromptLearner(PromptLearner):
     ``trained`` (C,) says which classes have a context of stage 2; all three make up the state dict. ``ctx`` and
     ``trained`` belong to class names: with other classes at hand a checkpoint's are handed to those of the same name.
 
+    Parameters are kept in float32 whatever the encoder's precision: the MLP starts with an output that does not depend
+    on its input, and gradients so small would vanish in half precision.
+
     Args:
         backbone, classnames, n_ctx, ctx_init: as for :class:`PromptLearner`. The MLP's output at initialisation is the
             initial context, the same for all classes.
+        reduction: the MLP has E / reduction hidden units.
     """
 
     per_class = ("ctx", "trained")
 
-    def __init__(self, backbone: Backbone, classnames: Sequence[str], n_ctx: int = 16, ctx_init: str = "") -> None:
+    def __init__(
+        self, backbone: Backbone, classnames: Sequence[str], n_ctx: int = 16, ctx_init: str = "", reduction: int = 16
+    ) -> None:
         super().__init__(backbone, classnames, n_ctx, ctx_init)
-        initial = self.ctx.detach()  # (M, D)
+        dtype = torch.promote_types(self.ctx.dtype, torch.float32)
+        initial = self.ctx.detach().to(dtype)  # (M, D)
         hand_made = encode_texts(backbone, [HAND_MADE.format(clean_name(name)) for name in classnames])
         self.register_buffer("hand_made", hand_made, persistent=False)  # (C, E)
         n_in = hand_made.shape[1]
         self.meta_net = nn.Sequential()
-        self.meta_net.add_module("linear1", nn.Linear(n_in, max(1, n_in // REDUCTION)))
+        n_hidden = max(1, n_in // reduction)
+        self.meta_net.add_module("linear1", nn.Linear(n_in, n_hidden))
         self.meta_net.add_module("relu", nn.ReLU(inplace=True))
-        self.meta_net.add_module("linear2", nn.Linear(max(1, n_in // REDUCTION), initial.numel()))
+        self.meta_net.add_module("linear2", nn.Linear(n_hidden, initial.numel()))
         nn.init.zeros_(self.meta_net.linear2.weight)
         with torch.no_grad():
             self.meta_net.linear2.bias.copy_(initial.flatten())
-        self.meta_net.to(device=initial.device, dtype=initial.dtype)
+        self.meta_net.to(device=initial.device, dtype=dtype)
         self.ctx = nn.Parameter(initial.expand(self.n_cls, -1, -1).clone())
         self.register_buffer("trained", torch.zeros(self.n_cls, dtype=torch.bool, device=initial.device))
 
     def generate(self) -> torch.Tensor:
         """Stage 1: (C, M, D) contexts of all classes."""
         return self.meta_net(self.hand_made.to(self.ctx.dtype)).view_as(self.ctx)
+
+    def begin_stage_1(self) -> None:
+        """No class has a context of its own, whatever was loaded."""
+        self.trained.fill_(False)
 
     @torch.no_grad()
     def begin_stage_2(self) -> None:

@@ -48,6 +48,7 @@ class PromptTrainer(TrainerX):
     prompt_text: Optional[torch.Tensor] = None  # text features while an evaluation runs
     scaler: Optional[torch.amp.GradScaler] = None
     watch: Optional[CollapseWatch] = None  # while and after training
+    scaled = ("amp",)  # precisions whose loss is scaled up for the backward pass
     network: type[nn.Module]  # (cfg, classnames, backbone) -> module with prompt_learner and text_features()
     model_dir = ""
 
@@ -89,7 +90,7 @@ class PromptTrainer(TrainerX):
         if prec == "fp16":
             backbone.half_weights()
         self.autocast = torch.autocast("cuda", torch.float16) if prec == "amp" else nullcontext()
-        self.scaler = _grad_scaler() if prec == "amp" else None
+        self.scaler = _grad_scaler() if prec in self.scaled and self.device.type == "cuda" else None
         return backbone.to(self.device)
 
     def build_model(self) -> None:
@@ -127,7 +128,17 @@ class PromptTrainer(TrainerX):
 
     def begin_stage(self, index: int) -> None:
         """Called before the first epoch of every stage: a schedule of its own begins."""
-        self._schedule(self.stages()[index])
+        stage = self.stages()[index]
+        if stage.MAX_EPOCH <= stage.WARMUP_EPOCH:
+            print(
+                f"WARNING: stage {index + 1} has {stage.MAX_EPOCH} epoch(s), all of them warm-up: next to nothing is "
+                "learned in it. Raise OPTIM.MAX_EPOCH or lower OPTIM.WARMUP_EPOCH."
+            )
+        self._schedule(stage)
+
+    def timetable_keys(self) -> tuple[str, ...]:
+        """Config keys that say which epoch belongs to which stage: a run goes on only with the same ones."""
+        return ()
 
     def before_epoch(self) -> None:
         super().before_epoch()
@@ -284,7 +295,7 @@ class PromptTrainer(TrainerX):
             return
         before, now = (flat_config(CfgNode.load_cfg(text)) for text in (checkpoint["config"], self.cfg.dump()))
         keys = [*IDENTITY, *(key for key in sorted(before.keys() | now.keys()) if not key.startswith(FREE_KEYS))]
-        for key in keys if every_key else IDENTITY:
+        for key in keys if every_key else (*IDENTITY, *self.timetable_keys()):
             if before.get(key) != now.get(key):
                 raise UserError(f"{path} was trained with {key} {before.get(key)}, now it is {now.get(key)}: {remedy}")
 
