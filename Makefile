@@ -1,5 +1,5 @@
 # make test     sets up .venv if need be, then runs the tests
-# make demo     the whole method on the embedded world; sets up .venv if need be, then takes minutes
+# make demo     the method on the embedded world; sets up .venv if need be, then takes minutes
 # make install  sets up .venv
 # make lint     ruff, check only
 # make format   ruff, in place

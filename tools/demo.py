@@ -1,4 +1,4 @@
-"""The whole method on the embedded world, in minutes, with nothing but the Python packages: ``make demo``.
+"""The method on the embedded world, in minutes, with nothing but the Python packages: ``make demo``.
 
 Zero-shot CLIP, CoOp and LoGoPrompt are trained on the base classes of "Shapes" and tested on base and new classes. Into
 ``output/demo/`` go a table, a bar chart, a contact sheet of class-conditional images with what was selected, and the

@@ -107,6 +107,8 @@ def draw(values: dict[str, torch.Tensor], text: torch.Tensor, classnames: Sequen
     own = [cosine[label == c, c] for c in range(len(text))]
     order = text.argsort(descending=True).tolist()
     for place, c in enumerate(order):
+        if not len(own[c]):
+            continue  # a class without test images
         left.plot([place, place], [own[c].min(), own[c].max()], color="#9aa5b1", lw=max(0.5, min(4, 150 / len(text))))
     left.plot([], [], color="#9aa5b1", lw=4, label="images of the class")
     left.plot(range(len(text)), text[order], "o", ms=max(2, min(5, 160 / len(text))), color="#d1495b", label="its name")

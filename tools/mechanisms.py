@@ -16,6 +16,7 @@ import itertools
 import json
 import multiprocessing
 import re
+import shutil
 import statistics
 import sys
 import zlib
@@ -28,12 +29,15 @@ from typing import Any, NamedTuple, Optional
 
 from runner import ROOT, arguments, relative, run  # isort: skip (makes `import dassl` work)
 import torch
+from dassl.data.datasets import build_dataset
 from tqdm import tqdm
 
 import figure1
 import train
 from figure1 import of
 from trainers import logoprompt
+from trainers.prompting.backbone import TINY
+from trainers.prompting.errors import UserError
 from trainers.prompting.results import harmonic_mean, read_results, write_text
 from trainers.prompting.synthetic import draw_colours
 from trainers.prompting.trainer import PromptTrainer
@@ -176,38 +180,50 @@ def gradient_norms() -> Iterator[list[float]]:
         PromptTrainer.model_backward_and_update = original
 
 
+def fingerprint(argv: Sequence[str]) -> str:
+    """Eight hex digits of all that decides a run: every config key, defaults included, and the weights."""
+    cfg = train.setup_cfg(train.parse_args(argv))
+    cfg.defrost()
+    cfg.OUTPUT_DIR = cfg.DATASET.ROOT = ""
+    text = cfg.dump().encode()
+    weights = Path(TINY if cfg.MODEL.BACKBONE.NAME == "tiny" else cfg.MODEL.BACKBONE.NAME)
+    return f"{zlib.crc32(text + (weights.read_bytes() if weights.is_file() else b'')):08x}"
+
+
 def measure(row: Row, seed: int, root: Path, output: Path, opts: tuple[str, ...], threads: int) -> dict[str, Any]:
-    """Train a row with one seed unless that was done, and test it on base and new. Accuracies and signs of trouble."""
+    """Train a row with one seed unless that was done, and test it on base and new. Accuracies and signs of trouble.
+
+    What other settings, defaults or weights made lies in another folder and is never taken for this.
+    """
     torch.set_num_threads(threads)
-    folder = output / row.name / f"seed{seed}"
-    path = folder / f"{row.split}.json"
     protocol = PROTOCOLS[row.protocol]
-    train_argv = arguments(row.trainer, row.dataset, row.config, root, folder / "train", seed, protocol.trained)
-    config = Path(train_argv[train_argv.index("--config-file") + 1])
-    settings = [*row.opts, *opts]
-    asked = [f"{config.name} ({zlib.crc32(config.read_bytes())})", *settings]  # a config may be edited
+    common = ("DATALOADER.NUM_WORKERS", "0", *row.opts, *opts)
+
+    def words(dataset: str, folder: Path, subset: str, *flags: str) -> list[str]:
+        return [*arguments(row.trainer, dataset, row.config, root, folder, seed, subset, flags), *common]
+
+    made_by = fingerprint(words(row.dataset, output, protocol.trained))
+    folder = output / row.name / f"seed{seed}-{made_by}"
+    path = folder / f"{row.split}.json"
     if path.exists():
-        found = json.loads(path.read_text())
-        if found["asked"] == asked:
-            return found
-    found = {"asked": asked, "collapsed": False, "gradient": None}
-    common = ("DATALOADER.NUM_WORKERS", "0", *settings)
+        return json.loads(path.read_text())
+    found = {"folder": str(folder), "collapsed": False, "gradient": None}
     with other_blocks(row.block):
         if row.trainer != "ZeroshotCLIP":
             note = folder / "train" / "gradients.json"
             if not note.exists():
+                shutil.rmtree(folder / "train", ignore_errors=True)  # interrupted: its first gradients are not known
                 with gradient_norms() as norms:
-                    run([*train_argv, "TEST.NO_TEST", "True", *common])
+                    run([*words(row.dataset, folder / "train", protocol.trained), "TEST.NO_TEST", "True"])
                 tenth = max(1, len(norms) // 10)
                 write_text(str(note), json.dumps({"first": statistics.mean(norms[:tenth]), "largest": max(norms)}))
             found["gradient"] = json.loads(note.read_text())
             found["collapsed"] = read_results(str(folder / "train"))["run"]["collapsed"]
         for column, (dataset, subset) in protocol.tested.items():
             flags = ("--eval-only", *(() if row.trainer == "ZeroshotCLIP" else ("--model-dir", str(folder / "train"))))
-            out = folder / f"{row.split}_{column}"
-            argv = arguments(row.trainer, dataset or row.dataset, row.config, root, out, seed, subset, flags)
+            argv = words(dataset or row.dataset, folder / f"{row.split}_{column}", subset, *flags)
             # Without NUM_SHOTS all validation images are there, not only four a class.
-            result = run([*argv, *common, "DATASET.NUM_SHOTS", "0", "TEST.SPLIT", row.split])
+            result = run([*argv, "DATASET.NUM_SHOTS", "0", "TEST.SPLIT", row.split])
             found[column], found[f"images_{column}"] = result["metrics"]["accuracy"], result["images"]
     if "H" in row.columns:
         found["H"] = harmonic_mean(found["base"], found["new"])
@@ -317,21 +333,30 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser.error(f"--only {' '.join(sorted(unknown))}: choose of {', '.join([*known, 'figure1b'])}")
     chosen = {name: known[name] for name in known if not args.only or name in args.only}
 
-    sections = []
-    if not args.only or "figure1b" in args.only:  # draws the data set too, before several processes want it
-        body = figure1b(root, output / "figure1b", args.dataset, args.config, args.opts)
-        sections.append(("Figure 1b: zero-shot scores with and without a block", body))
-    jobs = {
-        (row.name, row.split, seed): (row, seed) for _, rows in chosen.values() for row in rows for seed in args.seeds
-    }
-    results = {}
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, spawn) as pool:
-        futures = {
-            pool.submit(measure, row, seed, root, output, tuple(args.opts), 1): key for key, (row, seed) in jobs.items()
-        }
-        for future in tqdm(as_completed(futures), total=len(futures), desc="runs"):
-            results[futures[future]] = future.result()
+    sections, results = [], {}
+    try:
+        # Data sets that are drawn where they are missing are drawn here, once, before several processes want them.
+        for name in {args.dataset, *(["shapes_shifted"] if "shift" in chosen else [])}:
+            argv = arguments("ZeroshotCLIP", name, args.config, root, output, 1, "all")
+            build_dataset(train.setup_cfg(train.parse_args([*argv, *args.opts])))
+        if not args.only or "figure1b" in args.only:
+            body = figure1b(root, output / "figure1b", args.dataset, args.config, args.opts)
+            sections.append(("Figure 1b: zero-shot scores with and without a block", body))
+        jobs = {(r.name, r.split, seed): (r, seed) for _, rows in chosen.values() for r in rows for seed in args.seeds}
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            futures = {
+                pool.submit(measure, row, seed, root, output, tuple(args.opts), 1): key
+                for key, (row, seed) in jobs.items()
+            }
+            try:
+                for future in tqdm(as_completed(futures), total=len(futures), desc="runs"):
+                    results[futures[future]] = future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    except (UserError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for title, rows in chosen.values():
         body = table(rows, results, args.seeds)
         sections.append((title, body if rows != known["loss"][1] else f"{body}\n\n{choice(rows, results, args.seeds)}"))

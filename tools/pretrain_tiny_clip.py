@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from datasets.drawing import KINDS, STYLES, draw, named_colour
 from trainers.prompting.backbone import load_clip
+from trainers.prompting.errors import UserError
 from trainers.prompting.synthetic import block_size, contrast, paste, random_places, render_blocks
 
 SIZE = 96  # input resolution; a strip of 1/7 has 14 pixels
@@ -325,9 +326,7 @@ def pretrain(args: argparse.Namespace) -> dict[str, torch.Tensor]:
     if state_path.exists():
         state = torch.load(state_path, map_location=device, weights_only=True)
         if state["settings"] != settings:
-            raise SystemExit(
-                f"error: {state_path} belongs to a run with other settings; delete it or give another --out"
-            )
+            raise UserError(f"{state_path} belongs to a run with other settings; delete it or give another --out")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
@@ -474,12 +473,19 @@ def arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     args = arguments(argv)
-    if args.sheet:
-        sheet(args.sheet, args.seed)
-        return 0
-    if not args.report_only:
-        save(pretrain(args), Path(args.out))
-    print(json.dumps({k: round(v, 2) for k, v in report(args.out, args.seed, workers=args.workers).items()}, indent=2))
+    try:
+        if args.sheet:
+            sheet(args.sheet, args.seed)
+            return 0
+        if not args.report_only:
+            if not Path(args.out).absolute().parent.is_dir():
+                raise UserError(f"{Path(args.out).absolute().parent}: no such folder, see --out")
+            save(pretrain(args), Path(args.out))
+        results = report(args.out, args.seed, workers=args.workers)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps({key: round(value, 2) for key, value in results.items()}, indent=2))
     return 0
 
 
