@@ -1,6 +1,7 @@
 """tools/mechanisms.py: its rows are what they say, its runs are taken up again, its numbers are those of the runs."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,7 +37,8 @@ def test_every_setting_of_the_paper_is_tried():
 def test_a_row_is_measured_once_and_on_the_images_it_names(few, tmp_path, monkeypatch):
     row = mechanisms.Row("x", opts=("TRAINER.LOGOPROMPT.K", "2"), split="val")
     found = mechanisms.measure(row, 1, tmp_path / "data", tmp_path, SHORT, torch.get_num_threads())
-    folder = tmp_path / row.name / "seed1"
+    folder = Path(found["folder"])
+    assert folder.is_relative_to(tmp_path / row.name)
     for subset in ("base", "new"):
         results = read_results(str(folder / f"val_{subset}"))
         assert results["split"] == "val" and results["images"] == 2 * 16  # all of them, not four a class
@@ -100,7 +102,8 @@ def test_the_choice_is_made_on_base_classes_and_prefers_small_steps():
 def test_domain_generalization_trains_on_all_classes_and_tests_both_worlds(few, tmp_path):
     row = next(r for r in mechanisms.experiments([])["shift"][1] if r.trainer == "CoOp")
     found = mechanisms.measure(row, 1, tmp_path / "data", tmp_path, SHORT, torch.get_num_threads())
-    folder = tmp_path / row.name / "seed1"
+    folder = Path(found["folder"])
+    assert folder.is_relative_to(tmp_path / row.name)
     for column, dataset in (("source", "Shapes"), ("ShapesShifted", "ShapesShifted")):
         results = read_results(str(folder / f"test_{column}"))
         assert (results["run"]["dataset"], results["classes"], results["images"]) == (dataset, 32, 3 * 32)
@@ -110,18 +113,38 @@ def test_domain_generalization_trains_on_all_classes_and_tests_both_worlds(few, 
     assert mechanisms.table([row], results, [1, 2]).startswith("| setting | source | ShapesShifted |\n")
 
 
-def test_a_changed_config_is_not_answered_with_old_numbers(few, tmp_path, monkeypatch):
-    row = mechanisms.Row("ZeroshotCLIP", "ZeroshotCLIP")
-    mechanisms.measure(row, 1, tmp_path / "data", tmp_path, SHORT, torch.get_num_threads())
+def test_other_settings_defaults_or_weights_are_not_answered_with_old_numbers(few, tmp_path, monkeypatch):
+    row = mechanisms.Row("CoOp", "CoOp")
+    words = row, 1, tmp_path / "data", tmp_path
+    first = mechanisms.measure(*words, SHORT, torch.get_num_threads())
     calls = []
-    monkeypatch.setattr(
-        mechanisms, "run", lambda argv: calls.append(argv) or {"metrics": {"accuracy": 1.0}, "images": 1}
-    )
-    mechanisms.measure(row, 1, tmp_path / "data", tmp_path, SHORT, torch.get_num_threads())
-    assert not calls
-    monkeypatch.setattr(mechanisms.zlib, "crc32", lambda content: 0)  # as another content has it
-    mechanisms.measure(row, 1, tmp_path / "data", tmp_path, SHORT, torch.get_num_threads())
-    assert len(calls) == 2
+    original = mechanisms.run
+    monkeypatch.setattr(mechanisms, "run", lambda argv: calls.append(argv) or original(argv))
+    assert mechanisms.measure(*words, SHORT, torch.get_num_threads()) == first and not calls
+    other = mechanisms.measure(*words, (*SHORT, "OPTIM.LR", "0.5"), torch.get_num_threads())
+    assert len(calls) == 3 and other["folder"] != first["folder"]  # trained anew, tested on base and new
+    assert other["gradient"] != first["gradient"]
+    monkeypatch.setattr(mechanisms, "TINY", __file__)  # other weights
+    assert mechanisms.measure(*words, SHORT, torch.get_num_threads())["folder"] != first["folder"]
+    assert len(calls) == 6
+
+
+def test_an_interrupted_training_begins_anew(few, tmp_path, monkeypatch):
+    row = mechanisms.Row("CoOp", "CoOp")
+    words = row, 1, tmp_path / "data", tmp_path, (*SHORT, "TRAIN.CHECKPOINT_FREQ", "1"), torch.get_num_threads()
+    update = mechanisms.PromptTrainer.after_epoch
+
+    def stop(self):
+        update(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mechanisms.PromptTrainer, "after_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        mechanisms.measure(*words)
+    monkeypatch.setattr(mechanisms.PromptTrainer, "after_epoch", update)
+    found = mechanisms.measure(*words)
+    log = (Path(found["folder"]) / "train" / "log.txt").read_text()
+    assert "train from scratch" in log and "Resuming" not in log
 
 
 def test_figure_1b_against_the_scores_themselves(few, tmp_path):
@@ -161,8 +184,15 @@ def test_one_command_writes_the_tables(few, tmp_path, capsys, monkeypatch):
     table = (tmp_path / "tables_main.md").read_text()
     assert table in printed and "ZeroshotCLIP" in table
     row = next(r for r in mechanisms.experiments([])["main"][1] if r.trainer == "CoOp")
-    coop = json.loads((tmp_path / row.name / "seed1" / "test.json").read_text())
+    (path,) = (tmp_path / row.name).glob("seed1-*/test.json")
+    coop = json.loads(path.read_text())
     assert f"| CoOp | {coop['base']:.2f} ± 0.00 | {coop['new']:.2f} ± 0.00 |" in table
     with pytest.raises(SystemExit) as end:
         mechanisms.main(["--only", "nonsense"])
     assert end.value.code == 2
+
+
+def test_mistakes_end_in_one_line(few, tmp_path, capsys):
+    for mistake in (["--config", "nosuch"], ["--dataset", "nosuch"], ["--jobs", "0"]):
+        assert mechanisms.main(["--output", str(tmp_path), "--only", "main", *mistake]) == 2
+        assert capsys.readouterr().err.startswith("error: ")

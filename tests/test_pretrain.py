@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import pretrain_tiny_clip as pretrain
-from datasets.drawing import KINDS
+from datasets.drawing import KINDS, STYLES
 from trainers.prompting.backbone import TINY, load_clip
+from trainers.prompting.errors import UserError
 
 
 def short_run(out, seed=1, steps=4, **changes):
@@ -42,8 +43,25 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "save", save)
     resumed = short_run(tmp_path / "b.pt")
     assert all(torch.equal(unbroken[key], resumed[key]) for key in unbroken)
-    with pytest.raises(SystemExit, match="other settings"):
+    with pytest.raises(UserError, match="other settings"):
         short_run(tmp_path / "b.pt", seed=2)
+
+
+def test_mistakes_end_in_one_line(tmp_path, capsys):
+    for words in (["--report-only", "--out", str(tmp_path / "x.pt")], ["--out", str(tmp_path / "no" / "x.pt")]):
+        assert pretrain.main(words) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_sheet_shows_every_style_and_words(tmp_path, monkeypatch):
+    drawn = []
+    original = pretrain.draw
+    monkeypatch.setattr(
+        pretrain, "draw", lambda kind, style, *rest: drawn.append(style) or original(kind, style, *rest)
+    )
+    assert pretrain.main(["--sheet", str(tmp_path / "sheet.png")]) == 0
+    assert {id(style) for style in drawn} == {id(style) for style in STYLES.values()}
+    assert (tmp_path / "sheet.png").stat().st_size > 100_000
 
 
 def test_a_run_ends_with_a_file_that_the_door_opens(tmp_path):
