@@ -12,6 +12,7 @@ of the base classes; all other tables are test accuracies with what the configs 
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import multiprocessing
@@ -22,7 +23,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -318,7 +319,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--only", nargs="+", default=[], help=f"of {', '.join([*experiments([]), 'figure1b'])}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument(
-        "--rates", nargs="+", default=["0.002", "0.01", "0.05", "0.25"], help="learning rates of the experiment loss"
+        "--rates", nargs="+", default=["0.002", "0.02", "0.2", "2.0"], help="learning rates of the experiment loss"
     )
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count(), help="runs at a time, one thread each")
     parser.add_argument(
@@ -338,7 +339,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         # Data sets that are drawn where they are missing are drawn here, once, before several processes want them.
         for name in {args.dataset, *(["shapes_shifted"] if "shift" in chosen else [])}:
             argv = arguments("ZeroshotCLIP", name, args.config, root, output, 1, "all")
-            build_dataset(train.setup_cfg(train.parse_args([*argv, *args.opts])))
+            cfg = train.setup_cfg(train.parse_args([*argv, *args.opts]))
+            with redirect_stdout(io.StringIO()):
+                build_dataset(cfg)
         if not args.only or "figure1b" in args.only:
             body = figure1b(root, output / "figure1b", args.dataset, args.config, args.opts)
             sections.append(("Figure 1b: zero-shot scores with and without a block", body))
