@@ -273,13 +273,9 @@ class LoGoPrompt(PromptTrainer):
                 f"TRAINER.LOGOPROMPT.STAGE1_EPOCHS {method.STAGE1_EPOCHS}: must be 0 to {left}, OPTIM.MAX_EPOCH less "
                 "the adapter's, or -1 for half of it"
             )
-        for key in ("ADAPTER_ALPHA", "ADAPTER_BETA", "ADAPTER_LR"):
+        for key in ("STAGE2_LR", "VISUAL_LR", "ADAPTER_LR", "ADAPTER_ALPHA", "ADAPTER_BETA"):
             if method[key] < 0:
                 raise UserError(f"TRAINER.LOGOPROMPT.{key} {method[key]:g}: must not be negative")
-        if method.STAGE2_LR < 0:
-            raise UserError(f"TRAINER.LOGOPROMPT.STAGE2_LR {method.STAGE2_LR:g}: must not be negative")
-        if method.VISUAL_LR < 0:
-            raise UserError(f"TRAINER.LOGOPROMPT.VISUAL_LR {method.VISUAL_LR:g}: must not be negative")
         if method.TUNE_VISUAL and method.VISUAL_PROMPT == "none":
             raise UserError("TRAINER.LOGOPROMPT.TUNE_VISUAL True: with VISUAL_PROMPT none there are none to tune")
         if method.K < 1:
