@@ -163,7 +163,7 @@ def test_checkpoints_that_do_not_fit(fails, tmp_path, rn_file):
     path.write_bytes(b"rubbish")
     assert str(path) in fails(flags=flags)
     torch.save({"state_dict": {"ctx": torch.zeros(4, 64, 64)}, "epoch": 3}, path)
-    line = fails(flags=flags)
+    line = fails("TRAINER.LOGOPROMPT.TEXT_PROMPT", "generic", flags=flags)
     assert str(path) in line and "(4, 64, 64)" in line and "(4, 64)" in line
     torch.save({"state_dict": {"weight": torch.zeros(2)}, "epoch": 3}, path)
     assert "another trainer" in fails(flags=flags)

@@ -100,7 +100,7 @@ def contact_sheet(trainer: Any, path: Path, n_rows: int = 6) -> None:
             f"{classnames[c]}\n{log_p[0, c].exp():.2f} → {conditional[j, c]:.2f}" for j, c in enumerate(candidates[0])
         ]
         for j, (axis, picture, title) in enumerate(zip(axes, [image[0], *pictures], titles)):
-            axis.imshow((picture.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0))
+            axis.imshow((picture.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
             axis.set_title(title, fontsize=6.5)
             axis.axis("off")
             if j and candidates[0, j - 1] == selected:

@@ -441,7 +441,9 @@ def sheet(path: str, seed: int, columns: int = 12) -> None:
     figure, grid = plt.subplots(len(rows), columns, figsize=(columns, len(rows) * 1.03), layout="constrained")
     for axes, (title, style) in zip(grid, rows):
         for i, axis in enumerate(axes):
-            axis.imshow(draw(kinds[i], STYLES[style], random, SIZE).image if style else written[i].permute(1, 2, 0))
+            axis.imshow(
+                draw(kinds[i], STYLES[style], random, SIZE).image if style else written[i].permute(1, 2, 0).numpy()
+            )
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         axes[0].set_ylabel(title.replace(": ", "\n"), fontsize=7)
