@@ -160,6 +160,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"\n{text}\n\n{time.time() - started:.0f} s; seed {args.seed}, {DATASET}, embedded CLIP (tiny)")
+    print('What to make of these numbers: README.md, "The embedded world"')
     for name in ("table.md", "chart.png", "class_conditional.png", "runs"):
         print(relative(output / name))
     return 0
