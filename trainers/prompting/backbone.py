@@ -116,7 +116,7 @@ class Backbone(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.__class__ = LayerNorm  # the packages' own differ in what they cast, and refuse float64
-        self.visual.to(memory_format=torch.channels_last)  # the same numbers; convolutions are faster by up to a half
+        self.visual.to(memory_format=torch.channels_last)  # a quarter less time on a CPU (tiny, float32)
         self.requires_grad_(False)
         self.eval()
 
