@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from test_logoprompt import build, naive_paste, naive_probabilities, naive_text_features
-from test_two_stage import run, states  # noqa: F401 (a fixture)
+from test_two_stage import check_that_it_goes_on, run, states  # noqa: F401 (run is a fixture)
 from tiny import NAMES, SIZE
 from torch.nn.functional import normalize
 
@@ -164,24 +164,7 @@ def test_the_last_stage_fills_the_cache_and_trains_it_alone(run):  # noqa: F811
 
 @pytest.mark.parametrize("done", [3, 4])
 def test_an_interrupted_run_goes_on_to_the_same_keys(run, monkeypatch, done):  # noqa: F811
-    from trainers.logoprompt import LoGoPrompt
-
-    options = (*ON, "TRAINER.LOGOPROMPT.ADAPTER_EPOCHS", "2", "TRAIN.CHECKPOINT_FREQ", "1")
-    run(*options, out="whole")
-    original = LoGoPrompt.after_epoch
-
-    def stop(self):
-        original(self)
-        if self.epoch + 1 == done:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(LoGoPrompt, "after_epoch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(*options, out="broken")
-    monkeypatch.setattr(LoGoPrompt, "after_epoch", original)
-    run(*options, out="broken")
-    whole, broken = states(run, "whole")[5], states(run, "broken")[5]
-    assert all(torch.equal(whole[key], broken[key]) for key in whole)
+    check_that_it_goes_on(run, monkeypatch, done, *ON, "TRAINER.LOGOPROMPT.ADAPTER_EPOCHS", "2")
 
 
 def test_one_checkpoint_serves_base_new_and_all(run):  # noqa: F811

@@ -178,11 +178,12 @@ def test_every_stage_has_a_schedule_of_its_own(run, monkeypatch, stage_1):
     assert rates == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("done", [1, 3, 4])
-def test_an_interrupted_run_goes_on_to_the_same_prompts(run, monkeypatch, done):
+def check_that_it_goes_on(run, monkeypatch, done, *options):
+    """A run that is stopped after ``done`` epochs and started again ends as one that was not."""
     from trainers.logoprompt import LoGoPrompt
 
-    run(out="whole")
+    options = (*options, "TRAIN.CHECKPOINT_FREQ", "1")
+    run(*options, out="whole")
     original = LoGoPrompt.after_epoch
 
     def stop(self):
@@ -190,13 +191,17 @@ def test_an_interrupted_run_goes_on_to_the_same_prompts(run, monkeypatch, done):
         if self.epoch + 1 == done:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(LoGoPrompt, "after_epoch", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run("TRAIN.CHECKPOINT_FREQ", "1", out="broken")
-    monkeypatch.setattr(LoGoPrompt, "after_epoch", original)
-    run("TRAIN.CHECKPOINT_FREQ", "1", out="broken")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LoGoPrompt, "after_epoch", stop)
+        run(*options, out="broken")
+    run(*options, out="broken")
     whole, broken = states(run, "whole")[5], states(run, "broken")[5]
     assert all(torch.equal(whole[key], broken[key]) for key in whole)
+
+
+@pytest.mark.parametrize("done", [1, 3, 4])
+def test_an_interrupted_run_goes_on_to_the_same_prompts(run, monkeypatch, done):
+    check_that_it_goes_on(run, monkeypatch, done)
 
 
 def test_one_checkpoint_serves_base_new_and_all(run):
