@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -131,6 +132,7 @@ def run(data_root, rn_file, tmp_path, monkeypatch):
         monkeypatch.setattr(train, "build_trainer", lambda cfg: built.append(original(cfg)) or built[0])
         opts = ("TRAINER.LOGOPROMPT.TEXT_PROMPT", "two_stage", "OPTIM.MAX_EPOCH", "5", *opts)
         assert train.main(arguments("LoGoPrompt", data_root, rn_file, tmp_path / out, *opts, flags=flags)) == status
+        sys.stdout.flush()  # of the log
         return built[0] if built else None
 
     original = train.build_trainer
