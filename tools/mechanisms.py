@@ -167,18 +167,19 @@ def other_blocks(kind: str) -> Iterator[None]:
 @contextmanager
 def gradient_norms() -> Iterator[list[float]]:
     """The norm of the gradient at every step of the training within."""
-    original, norms = PromptTrainer.model_backward_and_update, []
+    original, norms = PromptTrainer.forward_backward, []
 
-    def update(self: PromptTrainer, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
+    def forward_backward(self: PromptTrainer, batch: dict[str, Any]) -> dict[str, float]:
+        summary = original(self, batch)
         grads = [p.grad.norm() for p in self.prompt_learner.parameters() if p.grad is not None]
         norms.append(float(torch.stack(grads).norm()))
+        return summary
 
-    PromptTrainer.model_backward_and_update = update
+    PromptTrainer.forward_backward = forward_backward
     try:
         yield norms
     finally:
-        PromptTrainer.model_backward_and_update = original
+        PromptTrainer.forward_backward = original
 
 
 def fingerprint(argv: Sequence[str]) -> str:

@@ -52,7 +52,7 @@ arguments() {
     shift
     SEEDS="1 2 3"
     for name in "${names[@]}"; do
-        if [ "$name" = DATASET ] || [ "$name" = SOURCE ]; then
+        if [ "$name" = DATASET ]; then
             if [ $# -eq 0 ] || [[ $1 == *.* ]]; then
                 echo "usage: $usage" >&2
                 exit 2

@@ -90,7 +90,7 @@ class PromptTrainer(TrainerX):
         if prec == "fp16":
             backbone.half_weights()
         self.autocast = torch.autocast("cuda", torch.float16) if prec == "amp" else nullcontext()
-        self.scaler = _grad_scaler() if prec in self.scaled and self.device.type == "cuda" else None
+        self.scaler = _grad_scaler() if prec in self.scaled else None
         return backbone.to(self.device)
 
     def build_model(self) -> None:
@@ -171,6 +171,7 @@ class PromptTrainer(TrainerX):
         if self.scaler is None:
             self.model_backward_and_update(loss)
         else:
+            self.detect_anomaly(loss)  # gradients may overflow, which the scaler sees to; the loss may not
             self.optim.zero_grad()
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optim)
