@@ -28,7 +28,7 @@ from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.utils import collect_env_info, set_random_seed, setup_logger
 from yacs.config import CfgNode as CN
 
-import datasets  # noqa: F401 (registers the data sets)
+import datasets
 import trainers
 from trainers.prompting.errors import UserError
 from trainers.prompting.names import flat_config
@@ -37,7 +37,7 @@ from trainers.prompting.names import flat_config
 def extend_cfg(cfg: CN) -> None:
     """Add the config keys that Dassl does not have."""
     trainers.extend_cfg(cfg)
-    cfg.DATASET.SUBSAMPLE_CLASSES = "all"  # all, base or new
+    datasets.extend_cfg(cfg)
 
 
 def reset_cfg(cfg: CN, args: argparse.Namespace) -> None:
@@ -132,6 +132,10 @@ def run(args: argparse.Namespace) -> None:
         trainer.load_model(args.model_dir, epoch=args.load_epoch)
         trainer.test()
     elif not args.no_train:
+        if getattr(trainer.dm.dataset, "test_only", False):
+            raise UserError(
+                f"{cfg.DATASET.NAME} has no training images: add --eval-only, and --model-dir for a trained one"
+            )
         trainer.train()
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dassl.data.datasets import DATASET_REGISTRY
 
-from .splits import SplitDataset
+from .base import SplitDataset
+from .raw import Split, split_folders
+
+IGNORED = ("BACKGROUND_Google", "Faces_easy")
+NAMES = {"airplanes": "airplane", "Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike"}
 
 
 @DATASET_REGISTRY.register()
@@ -14,3 +18,6 @@ class Caltech101(SplitDataset):
     dataset_dir = "caltech-101"
     image_dir = "101_ObjectCategories"
     split_file = "split_zhou_Caltech101.json"
+
+    def make_split(self) -> Split:
+        return split_folders(self.images, NAMES, IGNORED)

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from trainers.prompting.errors import UserError
 
+from .base import SplitDataset
 from .drawing import KINDS, STYLES, draw
-from .splits import SplitDataset, data_root
+from .splits import data_root
 
 VERSION = 1  # of the drawings: counts up when they change
 MARK = "drawn.json"  # written last: the folder is whole, and what it holds

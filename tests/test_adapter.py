@@ -198,7 +198,7 @@ def test_the_search_looks_at_validation_images_only(run, monkeypatch, capsys):  
 
 
 def test_there_is_no_search_where_validation_images_are_test_images(run, monkeypatch, capsys):  # noqa: F811
-    from datasets.splits import SplitDataset
+    from datasets.base import SplitDataset
 
     original = SplitDataset.__init__
 

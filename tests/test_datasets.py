@@ -1,0 +1,487 @@
+"""Every data set of CoOp, read from a miniature of its exact format on disk, against plain loops over what is in it."""
+
+import json
+import math
+import os
+import pickle
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import trees
+from tiny import arguments
+
+import train
+from trainers.prompting.errors import UserError
+
+SEED, SHOTS = 2, 2
+
+
+def config(root, name, shots=SHOTS, subset="all", seed=SEED, *opts):
+    from dassl.config import get_cfg_default
+
+    cfg = get_cfg_default()
+    train.extend_cfg(cfg)
+    keys = {"NAME": name, "ROOT": str(root), "NUM_SHOTS": shots, "SUBSAMPLE_CLASSES": subset}
+    cfg.merge_from_list([word for key, value in keys.items() for word in (f"DATASET.{key}", value)])
+    cfg.merge_from_list(["SEED", seed, *opts])
+    return cfg
+
+
+def build(root, name, *args):
+    from dassl.data.datasets import build_dataset
+
+    return build_dataset(config(root, name, *args))
+
+
+def message(root, name, *args):
+    with pytest.raises(UserError) as caught:
+        build(root, name, *args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def found(items, root, tree):
+    """Rows as a test writes them down: path relative to the image folder, label, class name."""
+    images = os.path.join(root, tree.folder, tree.images)
+    return [(os.path.relpath(i.impath, images).replace(os.sep, "/"), i.label, i.classname) for i in items or ()]
+
+
+def naive_split(tree, random):
+    """CoOp's split of the raw data set, in plain loops."""
+    if not tree.classes and not tree.trainval:
+        return {"val": [], **tree.parts} if "train" in tree.parts else {"train": tree.parts["test"], **tree.parts}
+    split = {"train": [], "val": [], "test": list(tree.parts.get("test", ()))}
+    if tree.trainval:
+        labels = []
+        for _, label, _ in tree.trainval:
+            labels += [] if label in labels else [label]
+        for label in labels:
+            rows = [i for i, row in enumerate(tree.trainval) if row[1] == label]
+            random.shuffle(rows)
+            for position, row in enumerate(rows):
+                split["val" if position < round(0.2 * len(rows)) else "train"].append(tree.trainval[row])
+    for label, name, paths in tree.classes:
+        paths = list(paths)
+        random.shuffle(paths)
+        for position, path in enumerate(paths):
+            first, second = round(0.5 * len(paths)), round(0.5 * len(paths)) + round(0.2 * len(paths))
+            split["train" if position < first else "val" if position < second else "test"].append((path, label, name))
+    return split
+
+
+def naive_sample(rows, shots, random):
+    sample = []
+    for label in dict.fromkeys(row[1] for row in rows):
+        mine = [row for row in rows if row[1] == label]
+        sample += random.sample(mine, shots) if len(mine) >= shots else mine
+    return sample
+
+
+def naive_half(parts, subset):
+    if subset == "all":
+        return parts
+    n = len({label for _, label, _ in parts["train"]})
+    middle = math.ceil(n / 2)
+    low, high = (0, middle) if subset == "base" else (middle, n)
+    return {p: [(f, label - low, c) for f, label, c in rows if low <= label < high] for p, rows in parts.items()}
+
+
+def sampled(tree):
+    return ("train",) if tree.name == "ImageNet" else ("train", "val")
+
+
+def expect(tree, split, shots, draws):
+    parts = dict(split)
+    for part in sampled(tree):
+        parts[part] = naive_sample(parts[part], min(shots, 4) if part == "val" else shots, draws)
+    return parts
+
+
+@pytest.mark.parametrize("make", trees.FEW_SHOT, ids=lambda make: make.__name__)
+def test_without_a_split_file(make, tmp_path):
+    """The split is made and written, the sample drawn after it from one stream of numbers, as in CoOp."""
+    tree = make(tmp_path)
+    draws = random.Random(SEED)
+    split = naive_split(tree, draws)
+    expected = expect(tree, split, SHOTS, draws)
+    for subset in ("all", "base", "new"):  # the second and third time it is read and the sample taken from the cache
+        data = build(tmp_path, tree.name, SHOTS, subset)
+        half = naive_half(expected, subset)
+        for part, items in (("train", data.train_x), ("val", data.val), ("test", data.test)):
+            assert found(items, tmp_path, tree) == half[part], (subset, part)
+        middle = math.ceil(len(tree.classnames) / 2)
+        names = {"all": tree.classnames, "base": tree.classnames[:middle], "new": tree.classnames[middle:]}
+        assert data.classnames == names[subset]
+    path = tmp_path / tree.folder / tree.split_file
+    if tree.classes or tree.trainval:
+        assert {p: [tuple(row) for row in rows] for p, rows in json.loads(path.read_text()).items()} == split
+    else:
+        assert not path.exists()
+
+
+@pytest.mark.parametrize("make", (*trees.FOLDERS, *trees.ANNOTATED), ids=lambda make: make.__name__)
+def test_with_a_split_file(make, tmp_path):
+    """It alone counts, whatever its order: the raw annotations are not even looked for."""
+    tree = make(tmp_path)
+    split = naive_split(tree, random.Random(77))
+    random.Random(5).shuffle(split["train"])
+    (tmp_path / tree.folder / tree.split_file).write_text(json.dumps(split))
+    for name in tree.raw:
+        (tmp_path / tree.folder / name).unlink()
+    draws = random.Random(SEED)
+    expected = expect(tree, split, SHOTS, draws)
+    for subset in ("all", "base", "new"):
+        data = build(tmp_path, tree.name, SHOTS, subset)
+        half = naive_half(expected, subset)
+        for part, items in (("train", data.train_x), ("val", data.val), ("test", data.test)):
+            assert found(items, tmp_path, tree) == half[part], (subset, part)
+    whole = build(tmp_path, tree.name, -1)
+    assert found(whole.train_x, tmp_path, tree) == split["train"]
+    assert found(whole.val, tmp_path, tree) == split["val"]
+
+
+@pytest.mark.parametrize("make", trees.VARIANTS, ids=lambda make: make.__name__)
+def test_variants_of_imagenet(make, tmp_path, capsys):
+    tree = make(tmp_path)
+    data = build(tmp_path, tree.name, 16)
+    assert found(data.test, tmp_path, tree) == found(data.train_x, tmp_path, tree) == tree.parts["test"]
+    assert data.classnames == tree.classnames and data.val is None
+    assert "SUBSAMPLE_CLASSES base" in message(tmp_path, tree.name, 16, "base")
+
+
+@pytest.mark.parametrize("make", trees.ALL, ids=lambda make: make.__name__)
+def test_configs_name_the_data_sets(make, tmp_path):
+    tree = make(tmp_path)
+    path = Path(train.__file__).parent / "configs" / "datasets" / f"{tree.config}.yaml"
+    assert config(tmp_path, "x").clone().merge_from_file(path) is None
+    assert f'NAME: "{tree.name}"' in path.read_text()
+
+
+def test_a_variant_cannot_be_trained_on(tmp_path, rn_file, capsys):
+    trees.imagenet_a(tmp_path)
+    argv = arguments("ZeroshotCLIP", tmp_path, rn_file, tmp_path / "out", "DATASET.NAME", "ImageNetA")
+    assert train.main([*argv, "DATASET.SUBSAMPLE_CLASSES", "all"]) == 2
+    assert "no training images: add --eval-only" in capsys.readouterr().err.splitlines()[-1]
+    argv[argv.index("--output-dir") + 2 : argv.index("--output-dir") + 2] = ["--eval-only"]
+    assert train.main([*argv, "DATASET.SUBSAMPLE_CLASSES", "all"]) == 0
+
+
+def test_every_reference_file(golden):
+    """Every ``fewshot_<dataset>.json`` in LOGO_REFERENCE, drawn from the tree at DATA (default ../shared/data)."""
+    import dassl.data.datasets as registry
+    from test_caltech101 import digest
+
+    names = {name.lower(): name for name in registry.DATASET_REGISTRY.registered_names()}
+    data_root = os.environ.get("DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
+    files = sorted(golden.glob("fewshot_*.json"))
+    compared = []
+    for path in files:
+        wanted = path.stem.removeprefix("fewshot_").replace("_", "").replace("-", "").lower()
+        wanted = {"dtd": "describabletextures"}.get(wanted, wanted)
+        assert wanted in names, f"{path}: no data set of that name"
+        cls = registry.DATASET_REGISTRY.get(names[wanted])
+        images = os.path.join(data_root, cls.dataset_dir, cls.image_dir)
+        if not os.path.isdir(images):
+            continue
+        for key, expected in json.loads(path.read_text()).items():
+            shots, seed, subset = key.replace("shots_", "").replace("seed_", "").split("-")
+            data = build(data_root, names[wanted], int(shots), subset, int(seed))
+            for part, items in (("train", data.train_x), ("val", data.val), ("test", data.test)):
+                if f"{part}_sha256" not in expected:
+                    continue
+                rows = [
+                    [os.path.relpath(i.impath, images).replace(os.sep, "/"), i.label, i.classname] for i in items or ()
+                ]
+                assert (len(rows), digest(rows)) == (expected[part], expected[f"{part}_sha256"]), (path, key, part)
+            assert digest(data.classnames) == expected["classnames_sha256"], (path, key)
+            assert data.num_classes == expected["classes"]
+        compared.append(path.name)
+    if not compared:
+        pytest.skip(f"none of {len(files)} reference files has its data set at {data_root} (set DATA)")
+
+
+# ------------------------------------------------------------------------------------------------- samples, caches
+
+
+def sample_file(root, tree, shots=SHOTS, seed=SEED, ending="json"):
+    return root / tree.folder / "split_fewshot" / f"shot_{shots}-seed_{seed}.{ending}"
+
+
+def test_a_sample_is_a_function_of_the_seed_alone(tmp_path):
+    tree = trees.fgvc_aircraft(tmp_path)
+    first = [i.impath for i in build(tmp_path, tree.name).train_x]
+    sample_file(tmp_path, tree).unlink()
+    random.seed(99)
+    state = random.getstate()
+    assert [i.impath for i in build(tmp_path, tree.name).train_x] == first
+    assert random.getstate() == state  # and the draw leaves no trace
+    assert [i.impath for i in build(tmp_path, tree.name, SHOTS, "all", 3).train_x] != first
+
+
+@pytest.mark.parametrize("make", (trees.eurosat, trees.stanford_cars, trees.imagenet), ids=lambda make: make.__name__)
+def test_samples_are_kept_and_stay_valid_when_the_data_move(make, tmp_path):
+    tree = make(tmp_path / "a")
+    before = found(build(tmp_path / "a", tree.name).train_x, tmp_path / "a", tree)
+    kept = sample_file(tmp_path / "a", tree)
+    rows = json.loads(kept.read_text())
+    assert all(row[0].startswith(f"{tree.folder}/") for row in rows["train"])  # relative to the data root
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a").rename(tmp_path / "elsewhere" / "b")
+    kept = sample_file(tmp_path / "elsewhere" / "b", tree)
+    time = kept.stat().st_mtime_ns
+    assert found(build(tmp_path / "elsewhere/b", tree.name).train_x, tmp_path / "elsewhere/b", tree) == before
+    assert kept.stat().st_mtime_ns == time
+    rows["train"] = rows["train"][::-1]  # it is what is read
+    kept.write_text(json.dumps(rows))
+    assert found(build(tmp_path / "elsewhere/b", tree.name).train_x, tmp_path / "elsewhere/b", tree) == before[::-1]
+
+
+def test_a_sample_of_another_split_or_a_damaged_one_is_replaced(tmp_path, capsys):
+    tree = trees.sun397(tmp_path)
+    build(tmp_path, tree.name)
+    split = naive_split(tree, random.Random(99))
+    (tmp_path / tree.folder / tree.split_file).write_text(json.dumps(split))
+    expected = expect(tree, split, SHOTS, random.Random(SEED))["train"]
+    assert found(build(tmp_path, tree.name).train_x, tmp_path, tree) == expected
+    assert "drawn from other images" in capsys.readouterr().out
+    kept = sample_file(tmp_path, tree)
+    whole = kept.read_text()
+    other = whole.replace("sun397/SUN397/", "sun397/../../", 1)
+    for content in (whole[:-20], "[]", whole.replace("sun397/SUN397", "x"), other, whole.replace('"train"', '"b"')):
+        kept.write_text(content)
+        assert found(build(tmp_path, tree.name).train_x, tmp_path, tree) == expected
+        assert "it is replaced" in capsys.readouterr().out
+        assert kept.read_text() == whole
+
+
+def test_without_a_seed_nothing_is_kept(tmp_path):
+    tree = trees.fgvc_aircraft(tmp_path)
+    build(tmp_path, tree.name, SHOTS, "all", -1)
+    assert not (tmp_path / tree.folder / "split_fewshot").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes of folders")
+def test_a_data_root_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    """With a split file nothing has to be kept; without one a split that could not be kept is refused."""
+    tree = trees.dtd(tmp_path)
+    split = naive_split(tree, random.Random(1))
+    expected = expect(tree, split, SHOTS, random.Random(SEED))["train"]
+    (tmp_path / tree.folder / tree.split_file).write_text(json.dumps(split))
+
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("datasets.fewshot.write_text", refuse)  # root may write anywhere, so modes would not do
+    assert found(build(tmp_path, tree.name).train_x, tmp_path, tree) == expected
+    assert "not kept (Permission denied)" in capsys.readouterr().out
+    (tmp_path / tree.folder / tree.split_file).unlink()
+    monkeypatch.setattr("datasets.splits.write_text", refuse)
+    assert "make the folder writable once" in message(tmp_path, tree.name)
+
+
+def test_two_runs_make_split_and_sample_at_the_same_time(tmp_path):
+    """Processes with two seeds start on raw data: one split, and every sample is one of it."""
+    import subprocess
+
+    tree = trees.ucf101(tmp_path)
+    code = (
+        "import sys; sys.path[:0] = sys.argv[3:]\n"
+        "import test_datasets as t\n"
+        "data = t.build(sys.argv[1], 'UCF101', 2, 'all', int(sys.argv[2]))\n"
+        "print(sorted(i.impath for i in data.test)[0], len(data.train_x))"
+    )
+    here = str(Path(__file__).parent)
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    paths = [here, str(Path(here).parent), str(Path(here).parent / "tools")]
+    runs = [subprocess.Popen([*words, str(seed), *paths], stdout=subprocess.PIPE, text=True) for seed in (1, 2)]
+    assert all(run.wait(timeout=300) == 0 for run in runs), [run.communicate() for run in runs]
+    split = json.loads((tmp_path / tree.folder / tree.split_file).read_text())
+    train_rows = [tuple(row) for row in split["train"]]
+    for seed in (1, 2):
+        data = build(tmp_path, tree.name, 2, "all", seed)
+        assert set(found(data.train_x, tmp_path, tree)) <= set(train_rows)
+        assert found(data.test, tmp_path, tree) == [tuple(row) for row in split["test"]]
+    leftovers = {p.name for p in (tmp_path / tree.folder).rglob("*") if p.name.startswith(".")}
+    assert leftovers <= {f".{tree.split_file}.lock"}
+
+
+def test_a_class_with_fewer_images_than_shots(tmp_path, capsys):
+    """As in CoOp all of its images are taken, once, with a warning."""
+    tree = trees.eurosat(tmp_path)
+    data = build(tmp_path, tree.name, 6)
+    counts = [sum(item.label == label for item in data.train_x) for label in range(5)]
+    assert counts == [5, 6, 6, 6, 6]  # halves of 10, 11, 12, 13, 14, rounded
+    assert 'Warning: 1 of 5 classes have fewer than 6 training images: "Annual Crop Land" 5' in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------- CoOp's pickles
+
+
+def _init(self, impath, label, classname):
+    self._impath, self._label, self._domain, self._classname = impath, label, 0, classname
+
+
+# Like Dassl.pytorch's: attributes in a dictionary
+Pickled = type("Datum", (), {"__init__": _init, "__module__": "dassl.data.datasets.base_dataset"})
+
+
+@pytest.fixture
+def pickled(monkeypatch):
+    """``dump(path, {part: rows}, root)`` writes what CoOp writes."""
+    module = sys.modules["dassl.data.datasets.base_dataset"]
+
+    def dump(path, parts, root):
+        path.parent.mkdir(exist_ok=True)
+        content = {p: [Pickled(f"{root}/{f}", label, c) for f, label, c in rows] for p, rows in parts.items()}
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "Datum", Pickled)
+            path.write_bytes(pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL))
+
+    return dump
+
+
+@pytest.mark.parametrize("root", ["/home/someone/data/oxford_pets/images", r"D:\data\oxford_pets\images"])
+def test_a_pickle_of_coop_is_honoured(root, pickled, tmp_path):
+    tree = trees.oxford_pets(tmp_path)
+    build(tmp_path, tree.name, -1)
+    split = naive_split(tree, random.Random(SEED))
+    chosen = {"train": split["train"][1::3], "val": split["val"][::2]}
+    pickled(sample_file(tmp_path, tree, ending="pkl"), chosen, root)
+    data = build(tmp_path, tree.name)
+    assert found(data.train_x, tmp_path, tree) == chosen["train"]
+    assert found(data.val, tmp_path, tree) == chosen["val"]
+
+
+def test_the_order_of_coop_s_listing_of_imagenet_counts(pickled, tmp_path):
+    tree = trees.imagenet(tmp_path)
+    rows = list(tree.parts["train"])
+    random.Random(3).shuffle(rows)
+    rows.sort(key=lambda row: row[1])
+    parts = {"train": rows, "test": tree.parts["test"]}
+    pickled(tmp_path / "imagenet" / "preprocessed.pkl", parts, "/elsewhere/imagenet/images")
+    data = build(tmp_path, tree.name)
+    assert found(data.train_x, tmp_path, tree) == naive_sample(rows, SHOTS, random.Random(SEED))
+    assert found(data.test, tmp_path, tree) == tree.parts["test"]
+
+
+def test_a_pickle_that_is_not_of_this_data_set(pickled, tmp_path):
+    tree = trees.oxford_pets(tmp_path)
+    split = naive_split(tree, random.Random(SEED))
+    build(tmp_path, tree.name, -1)
+    path = sample_file(tmp_path, tree, ending="pkl")
+    stranger = ("Unknown_1.jpg", 0, "abyssinian")
+    mislabelled = (split["train"][0][0], 1, "abyssinian")
+    for parts in ({"train": [stranger], "val": []}, {"train": [mislabelled], "val": []}, {"train": split["train"]}):
+        pickled(path, parts, "/data")
+        assert str(path) in message(tmp_path, tree.name)
+    for content in (b"", b"no pickle", pickle.dumps([1, 2]), pickle.dumps({"train": [1], "val": []})):
+        path.write_bytes(content)
+        assert f"{path}: not a list of images" in message(tmp_path, tree.name)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, (str(Malicious.mark),)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"train": [x], "val": []}])
+def test_a_malicious_pickle_executes_nothing(protocol, wrap, tmp_path):
+    tree = trees.oxford_pets(tmp_path)
+    build(tmp_path, tree.name, -1)
+    Malicious.mark = tmp_path / "executed"
+    path = sample_file(tmp_path, tree, ending="pkl")
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(pickle.dumps(wrap(Malicious()), protocol=protocol))
+    assert str(path) in message(tmp_path, tree.name)
+    assert not Malicious.mark.exists()
+    pickle.loads(path.read_bytes())  # it would have
+    assert Malicious.mark.exists()
+
+
+# ------------------------------------------------------------------------------------------------- ImageNet's listing
+
+
+def test_imagenet_is_listed_once(tmp_path, monkeypatch):
+    import datasets.imagenet as imagenet
+
+    tree = trees.imagenet(tmp_path)
+    listed = []
+    original = imagenet.list_images
+    monkeypatch.setattr(imagenet, "list_images", lambda path: listed.append(path) or original(path))
+    first = found(build(tmp_path, tree.name, -1).train_x, tmp_path, tree)
+    assert len(listed) == len(set(listed)) == 8  # the class folders of train and val
+    assert first == tree.parts["train"]
+    for shots in (-1, 2, 2):
+        build(tmp_path, tree.name, shots)
+    assert len(listed) == 8
+    folder = tmp_path / "imagenet/images/train/n01443537"
+    shutil.copy(folder / "n01443537_0.JPEG", folder / "added.JPEG")
+    os.utime(folder, ns=(1, 1))  # whatever the resolution of the file system's clock
+    assert len(build(tmp_path, tree.name, -1).train_x) == len(first) + 1
+    assert listed[8:] == [str(folder)]  # what was changed, and nothing else
+    (tmp_path / "imagenet" / "listing_train.json").write_text("{")
+    assert len(build(tmp_path, tree.name, -1).train_x) == len(first) + 1
+
+
+def test_an_image_that_has_gone_from_a_kept_sample(tmp_path):
+    tree = trees.imagenet(tmp_path)
+    victim = Path(build(tmp_path, tree.name).train_x[0].impath)
+    victim.unlink()
+    os.utime(victim.parent, ns=(1, 1))
+    assert str(victim) not in [item.impath for item in build(tmp_path, tree.name).train_x]
+
+
+# ------------------------------------------------------------------------------------------------- bad trees
+
+
+@pytest.mark.parametrize("make", trees.ALL, ids=lambda make: make.__name__)
+def test_no_folder_no_images(make, tmp_path):
+    tree = make(tmp_path / "good")
+    (tmp_path / "bad").mkdir()
+    assert str(tmp_path / "bad" / tree.folder) in message(tmp_path / "bad", tree.name)
+    (tmp_path / "bad" / tree.folder).mkdir()
+    assert str(tmp_path / "bad" / tree.folder) in message(tmp_path / "bad", tree.name)
+    if tree.images:  # everything but the images
+        shutil.rmtree(tmp_path / "good" / tree.folder / tree.images)
+        said = message(tmp_path / "good", tree.name)
+        assert str(tmp_path / "good" / tree.folder / tree.images) in said and "unpack" in said
+        (tmp_path / "good" / tree.folder / tree.images).mkdir()
+        assert str(tmp_path / "good" / tree.folder / tree.images) in message(tmp_path / "good", tree.name)
+
+
+@pytest.mark.parametrize("make", trees.ALL, ids=lambda make: make.__name__)
+def test_annotations_that_are_missing_or_damaged(make, tmp_path):
+    tree = make(tmp_path)
+    for name in tree.raw:
+        path = tmp_path / tree.folder / name
+        content = path.read_bytes()
+        path.unlink()
+        assert f"{path}: no such file" in message(tmp_path, tree.name)
+        path.write_bytes(b"one two three four five six\n")
+        assert str(tmp_path / tree.folder) in message(tmp_path, tree.name)
+        path.write_bytes(b"")
+        assert str(tmp_path / tree.folder) in message(tmp_path, tree.name)
+        path.write_bytes(content)
+    build(tmp_path, tree.name)
+
+
+def test_a_class_too_small_to_be_split(tmp_path):
+    tree = trees.food101(tmp_path)
+    for path in (tmp_path / "food-101/images/sushi").iterdir():
+        if path.name != "sushi_03.jpg":
+            path.unlink()
+    assert 'class "sushi" has 1 image' in message(tmp_path, tree.name)
+
+
+def test_a_folder_without_images_or_without_a_class_name(tmp_path):
+    tree = trees.imagenet_r(tmp_path)
+    path = tmp_path / tree.folder / tree.images / "n01491361"
+    path.mkdir()
+    assert "no images of n01491361" in message(tmp_path, tree.name)
+    path = path.rename(path.with_name("n99999999"))
+    shutil.copy(next((tmp_path / tree.folder / tree.images / "n01440764").iterdir()), path)
+    assert '"n99999999"' in message(tmp_path, tree.name)
