@@ -61,7 +61,7 @@ def build_method():
 
     from trainers import logoprompt
 
-    cfg = CN({"TRAINER": CN()})
+    cfg = CN({"TRAINER": CN(), "TEST": CN()})
     logoprompt.extend_cfg(cfg)
     return cfg.TRAINER.LOGOPROMPT
 
@@ -89,7 +89,7 @@ def test_every_probability_of_the_method_has_it(clip_file):
             random_places(3, SIZE, model.block, "random"),
             fixed_places(paths, 0, SIZE, model.block, "random"),
         )
-        scores = model.select(images, paths, model.text_features())
+        scores = model.select(model.batch(images, paths), model.text_features())
         for i, image in enumerate(images):
             original = p(image)
             assert log_p[i].exp().tolist() == pytest.approx(original, rel=1e-3, abs=1e-5)

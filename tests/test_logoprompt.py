@@ -18,7 +18,9 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
 def build(clip_file, classnames=NAMES, transforms=("normalize",), **options):
-    cfg = CN({"TRAINER": CN(), "INPUT": CN({"TRANSFORMS": transforms, "PIXEL_MEAN": MEAN, "PIXEL_STD": STD})})
+    cfg = CN(
+        {"TRAINER": CN(), "TEST": CN(), "INPUT": CN({"TRANSFORMS": transforms, "PIXEL_MEAN": MEAN, "PIXEL_STD": STD})}
+    )
     logoprompt.extend_cfg(cfg)
     cfg.TRAINER.LOGOPROMPT.merge_from_list([x for pair in {"N_CTX": 4, **options}.items() for x in pair])
     torch.manual_seed(0)
@@ -87,7 +89,7 @@ def test_selection_equals_the_loop(clip_file, k, classes):
     images = torch.randn(5, 3, SIZE, SIZE)
     paths = [f"caltech-101/{i}.jpg" for i in range(5)]
     with torch.no_grad():
-        scores = model.select(images, paths, model.text_features())
+        scores = model.select(model.batch(images, paths), model.text_features())
         text = naive_text_features(model)
         for i, (image, place) in enumerate(zip(images, fixed_places(paths, 3, SIZE, model.block, "random").tolist())):
             p = naive_probabilities(model, image, text)
@@ -125,7 +127,7 @@ def test_ablations_of_table_4a_equal_the_loop(clip_file, use):
             torch.manual_seed(7)
             torch.testing.assert_close(losses, whole(images, labels)[0])
         # none of them selects: the original image alone decides
-        scores = model.select(images, list("abcd"), model.text_features())
+        scores = model.select(model.batch(images, list("abcd")), model.text_features())
         expected = [naive_probabilities(model, image, text) for image in images]
         torch.testing.assert_close(scores.exp(), torch.tensor(expected), atol=1e-4, rtol=1e-3)
 
@@ -167,9 +169,9 @@ def test_chunks_change_nothing(clip_file, monkeypatch):
     images, paths = torch.randn(5, 3, SIZE, SIZE), list("abcde")
     with torch.no_grad():
         text = model.text_features()
-        whole = model.select(images, paths, text)
+        whole = model.select(model.batch(images, paths), text)
         monkeypatch.setattr(logoprompt, "CHUNK", 3)
-        torch.testing.assert_close(model.select(images, paths, text), whole, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model.select(model.batch(images, paths), text), whole, atol=1e-4, rtol=1e-4)
 
 
 def test_one_class_and_duplicate_names(clip_file):

@@ -52,7 +52,7 @@ def weights(reference, arch, tmp_path_factory):
 @pytest.mark.parametrize("run, position, csc, ctx_init", RUNS)
 def test_coop_equals_the_original(reference, arch, weights, run, position, csc, ctx_init):
     arrays = reference.arrays
-    cfg = CN({"TRAINER": CN()})
+    cfg = CN({"TRAINER": CN(), "TEST": CN()})
     coop.extend_cfg(cfg)
     cfg.TRAINER.COOP.merge_from_list(
         ["N_CTX", 4, "CSC", csc, "CTX_INIT", ctx_init, "CLASS_TOKEN_POSITION", position, "PREC", "fp32"]

@@ -122,3 +122,11 @@ def test_mistakes_end_with_status_2(tmp_path, script):
     done = run_script(tmp_path, *dataset, "1", script=path, **{**environment, "CFG": "no_such_config"})
     assert done.returncode == 2 and "configs/trainers/LoGoPrompt/no_such_config.yaml: no such file" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_of_a_sweep_share_the_features_of_test_images(tmp_path):
+    stores = {call["TEST.FEATURES"] for call in runs(tmp_path, "base2new", "caltech101")}
+    assert stores == {str(tmp_path / "out" / "features.sqlite")}
+    assert {call["TEST.FEATURES"] for call in runs(tmp_path, "base2new", "caltech101", "1", FEATURES="")} == {""}
+    mine = runs(tmp_path, "base2new", "caltech101", "1", "TEST.FEATURES", "mine", FEATURES="x")
+    assert {call["TEST.FEATURES"] for call in mine} == {"mine"}

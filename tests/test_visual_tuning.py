@@ -77,7 +77,7 @@ def test_blocks_start_as_rendered_and_are_the_same_frozen_or_not(clip_file):
     torch.manual_seed(0)
     images, paths = torch.randn(3, 3, SIZE, SIZE), list("abc")
     with torch.no_grad():
-        scores = [model.select(images, paths, model.text_features()) for model in (frozen, tunable)]
+        scores = [model.select(model.batch(images, paths), model.text_features()) for model in (frozen, tunable)]
     torch.testing.assert_close(*scores)
 
 
@@ -153,7 +153,7 @@ def test_they_can_be_drawn_before_and_after(run, data_root, tmp_path, capsys):  
 
 
 def _method():
-    cfg = CN({"TRAINER": CN()})
+    cfg = CN({"TRAINER": CN(), "TEST": CN()})
     logoprompt.extend_cfg(cfg)
     return cfg.TRAINER.LOGOPROMPT
 

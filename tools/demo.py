@@ -27,7 +27,7 @@ import train
 from trainers.prompting.errors import UserError
 from trainers.prompting.results import harmonic_mean, write_text
 from trainers.prompting.selection import top_classes
-from trainers.prompting.synthetic import fixed_places, paste
+from trainers.prompting.synthetic import paste
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -74,8 +74,9 @@ def contact_sheet(trainer: Any, path: Path, n_rows: int = 6) -> None:
     trainer.prompt_text = trainer.text_features()
     changed, kept = [], []
     for batch in trainer.test_loader:
-        (image, paths), label = trainer.parse_batch_test(batch)
-        selected = network.select(image, paths, trainer.prompt_text).argmax(dim=1)
+        image, label = trainer.parse_batch_test(batch)
+        paths = trainer.relative_paths(batch)
+        selected = network.select(network.batch(image, paths), trainer.prompt_text).argmax(dim=1)
         log_p = network.log_p(network.backbone.encode_image(image), trainer.prompt_text)
         for i in range(len(image)):
             pile = kept if selected[i] == log_p[i].argmax() else changed
@@ -90,7 +91,7 @@ def contact_sheet(trainer: Any, path: Path, n_rows: int = 6) -> None:
     )
     for axes, (image, name, label, log_p, selected) in zip(grid, rows):
         candidates = top_classes(log_p, network.k)
-        places = fixed_places([name], network.seed, network.image_size, network.block, network.location)
+        places = network.places([name])
         features = network.conditional_features(image, candidates, places)
         conditional = network.log_p(features, trainer.prompt_text)[0].exp()
         pictures = paste(image.expand(k, -1, -1, -1), network.visual_prompts[candidates[0]], places.expand(k, 2))

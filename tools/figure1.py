@@ -32,7 +32,7 @@ from tqdm import tqdm
 from trainers.prompting.errors import UserError
 from trainers.prompting.names import clean_name
 from trainers.prompting.selection import log_probabilities
-from trainers.prompting.synthetic import fixed_places, render_blocks
+from trainers.prompting.synthetic import render_blocks
 from trainers.prompting.text import HAND_MADE, encode_texts
 
 BLOCKS = ("true", "hard", "other")  # of the true class, of the most probable wrong class, of any wrong class
@@ -61,14 +61,13 @@ def zero_shot(trainer: Any, title: str = "figure 1") -> dict[str, torch.Tensor]:
     n_classes = len(text_features)
     found: dict[str, list[torch.Tensor]] = {}
     for batch in tqdm(trainer.test_loader, desc=title, disable=not sys.stderr.isatty(), leave=False):
-        (image, paths), label = trainer.parse_batch_test(batch)
+        image, label = trainer.parse_batch_test(batch)
         features = backbone.encode_image(image)
         p = log_probabilities(backbone.logits(features, text_features)).exp()
         hard = p.scatter(1, label.unsqueeze(1), -1).argmax(dim=1)
         other = (label + max(1, n_classes // 2)) % n_classes
         classes = torch.stack([label, hard, other], dim=1)
-        places = fixed_places(paths, network.seed, network.image_size, network.block, network.location)
-        conditional = network.conditional_features(image, classes, places)
+        conditional = network.conditional_features(image, classes, network.places(trainer.relative_paths(batch)))
         pasted = log_probabilities(backbone.logits(conditional, text_features)).exp()
         values = {"label": label, "cosine": features.float() @ text_features.float().t(), "none": p}
         for i, name in enumerate(BLOCKS):

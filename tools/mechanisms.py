@@ -186,7 +186,7 @@ def fingerprint(argv: Sequence[str]) -> str:
     """Eight hex digits of all that decides a run: every config key, defaults included, and the weights."""
     cfg = train.setup_cfg(train.parse_args(argv))
     cfg.defrost()
-    cfg.OUTPUT_DIR = cfg.DATASET.ROOT = ""
+    cfg.OUTPUT_DIR = cfg.DATASET.ROOT = cfg.TEST.FEATURES = ""
     text = cfg.dump().encode()
     weights = Path(TINY if cfg.MODEL.BACKBONE.NAME == "tiny" else cfg.MODEL.BACKBONE.NAME)
     return f"{zlib.crc32(text + (weights.read_bytes() if weights.is_file() else b'')):08x}"

@@ -11,12 +11,15 @@ from dassl.engine import TRAINER_REGISTRY
 from yacs.config import CfgNode as CN
 
 from .prompting.backbone import Backbone
+from .prompting.features import ImageBatch
 from .prompting.text import PromptLearner, TextEncoder
 from .prompting.trainer import PromptTrainer
+from .prompting.trainer import extend_cfg as extend_shared_cfg
 
 
 def extend_cfg(cfg: CN) -> None:
     """Add CoOp's keys, with its names and defaults."""
+    extend_shared_cfg(cfg)
     cfg.TRAINER.COOP = CN()
     cfg.TRAINER.COOP.N_CTX = 16  # number of context vectors
     cfg.TRAINER.COOP.CSC = False  # class-specific context
@@ -41,14 +44,11 @@ class CustomCLIP(nn.Module):
         """(C, E) text features of unit length."""
         return self.text_encoder(*self.prompt_learner())
 
-    def logits(self, image: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, H) images, (C, E) text features -> (B, C) cosines divided by the temperature."""
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, H) images -> (B, C) cosines with the text features, divided by the temperature."""
         with torch.no_grad():  # nothing behind the image encoder is learned
             image_features = self.backbone.encode_image(image)
-        return self.backbone.logits(image_features, text_features)
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.logits(image, self.text_features())
+        return self.backbone.logits(image_features, self.text_features())
 
 
 @TRAINER_REGISTRY.register()
@@ -62,5 +62,5 @@ class CoOp(PromptTrainer):
         logits = self.model(image)
         return F.cross_entropy(logits, label), logits, label
 
-    def model_inference(self, image: torch.Tensor) -> torch.Tensor:
-        return self.model.logits(image, self.prompt_text)
+    def score(self, images: ImageBatch) -> torch.Tensor:
+        return self.backbone.logits(images.features(), self.prompt_text)

@@ -23,6 +23,7 @@ from yacs.config import CfgNode as CN
 from .prompting.adapter import CacheAdapter
 from .prompting.backbone import Backbone
 from .prompting.errors import UserError
+from .prompting.features import ImageBatch, digest
 from .prompting.selection import LOSSES, hard_negatives, log_probabilities, min_max_loss, select, top_classes
 from .prompting.synthetic import (
     LOCATIONS,
@@ -36,6 +37,7 @@ from .prompting.synthetic import (
 )
 from .prompting.text import PromptLearner, TextEncoder, TwoStagePromptLearner
 from .prompting.trainer import PromptTrainer
+from .prompting.trainer import extend_cfg as extend_shared_cfg
 
 TEXT_PROMPTS = ("two_stage", "generic")
 # Table 4a: what the visual prompts are used for. Ours is "selection"; "none" is CoOp's loss and prediction.
@@ -46,6 +48,7 @@ GRADIENT_CHUNK = 64  # the same where activations are kept for a gradient
 
 def extend_cfg(cfg: CN) -> None:
     """Add LoGoPrompt's keys (in a CoOp code base: one line in ``train.py``'s own ``extend_cfg``)."""
+    extend_shared_cfg(cfg)
     cfg.TRAINER.LOGOPROMPT = CN()
     cfg.TRAINER.LOGOPROMPT.N_CTX = 16  # M, number of context vectors
     cfg.TRAINER.LOGOPROMPT.CTX_INIT = ""  # words the context starts from; empty: random
@@ -119,6 +122,7 @@ class CustomCLIP(nn.Module):
             self.prompt_learner.visual_prompts = VisualPrompts(blocks)
         else:
             self.register_buffer("rendered", self.normalise(blocks), persistent=False)
+        self._block_digests: Optional[list[bytes]] = None  # of rendered blocks, once they are asked for
 
     @property
     def visual_prompts(self) -> torch.Tensor:
@@ -168,14 +172,19 @@ class CustomCLIP(nn.Module):
         """
         n = classes.shape[1]
         owner = torch.arange(len(image)).repeat_interleave(n)
+        return self._encode_owned(image, places, owner, classes.flatten()).view(len(image), n, -1)
+
+    def _encode_owned(
+        self, image: torch.Tensor, places: torch.Tensor, owner: torch.Tensor, classes: torch.Tensor
+    ) -> torch.Tensor:
+        """(P, E) f(x_c) of P pairs of an image (its number in ``owner``) and a class."""
         learning = self.tune_visual and self.adapter is None and torch.is_grad_enabled()
         encode = partial(checkpoint, self._encode_pasted, use_reentrant=False) if learning else self._encode_pasted
         chunk = GRADIENT_CHUNK if learning else CHUNK
         with torch.set_grad_enabled(learning):
             blocks = self.visual_prompts
-            chunks = zip(owner.split(chunk), classes.flatten().split(chunk))
-            pieces = [encode(image, blocks, places, i, c) for i, c in chunks]
-            return torch.cat(pieces).view(len(image), n, -1)
+            pairs = zip(owner.split(chunk), classes.split(chunk))
+            return torch.cat([encode(image, blocks, places, i, c) for i, c in pairs])
 
     def _encode_pasted(
         self, image: torch.Tensor, blocks: torch.Tensor, places: torch.Tensor, i: torch.Tensor, c: torch.Tensor
@@ -216,27 +225,50 @@ class CustomCLIP(nn.Module):
         )
         return loss, log_p
 
+    def batch(self, image: torch.Tensor, paths: Sequence[str]) -> ImageBatch:
+        """Test images (B, 3, H, W) with their paths relative to the data root, for :meth:`select`."""
+        return ImageBatch(self.backbone, paths, image, network=self)
+
     @torch.no_grad()
-    def select(self, image: torch.Tensor, paths: Sequence[str], text_features: torch.Tensor) -> torch.Tensor:
+    def select(self, images: ImageBatch, text_features: torch.Tensor) -> torch.Tensor:
         """Test (3.4): argmax_k max(p(c_k|x), p(c_k|x_{c_k})) over the top-K classes.
 
         Args:
-            image: (B, 3, H, W).
-            paths: B image paths relative to the data root; they decide where the blocks go.
+            images: B images with their paths relative to the data root, which decide where the blocks go.
             text_features: (C, E).
 
         Returns:
             (B, C) scores, -inf for classes that were not among the top K. Without selection (the ablations of
             Table 4a) log p(c|x).
         """
-        log_p = self.log_p(self.backbone.encode_image(image), text_features)
+        log_p = self.log_p(images.features(), text_features)
         if self.visual_prompt != "selection":
             return log_p
         candidates = top_classes(log_p, self.k)
-        places = fixed_places(paths, self.seed, self.image_size, self.block, self.location)
-        conditional = self.conditional_features(image, candidates, places)
+        conditional = images.conditional(candidates)
         conditional_p = self.log_p(conditional, text_features).gather(2, candidates.unsqueeze(2)).squeeze(2)
         return select(log_p, candidates, conditional_p)
+
+    def places(self, paths: Sequence[str]) -> torch.Tensor:
+        """(B, 2) top and left of the block in each test image."""
+        return fixed_places(paths, self.seed, self.image_size, self.block, self.location)
+
+    def encode_pairs(
+        self, image: torch.Tensor, paths: Sequence[str], rows: Sequence[int], classes: torch.Tensor
+    ) -> torch.Tensor:
+        """f(x_c) at test time: images (B, 3, H, W) and their paths, P pairs of a row and a class -> (P, E)."""
+        return self._encode_owned(image, self.places(paths), torch.tensor(rows), classes)
+
+    def pair_parts(
+        self, paths: Sequence[str], rows: Sequence[int], classes: torch.Tensor
+    ) -> Optional[list[tuple[Any, ...]]]:
+        """What decides the features of a pair beside the image and the encoder: place and pixels of the block."""
+        if self.tune_visual:
+            return None
+        if self._block_digests is None:
+            self._block_digests = [digest(block.cpu().numpy().tobytes(), *block.shape) for block in self.rendered]
+        places = self.places(paths).tolist()
+        return [(*places[row], self._block_digests[c]) for row, c in zip(rows, classes.tolist())]
 
 
 @TRAINER_REGISTRY.register()
@@ -404,8 +436,5 @@ class LoGoPrompt(PromptTrainer):
         losses, log_p = self.model(image, label)
         return losses.mean(), log_p, label
 
-    def parse_batch_test(self, batch: dict[str, Any]) -> tuple[Any, torch.Tensor]:
-        return (batch["img"].to(self.device), self.relative_paths(batch)), batch["label"].to(self.device)
-
-    def model_inference(self, image: tuple[torch.Tensor, Sequence[str]]) -> torch.Tensor:
-        return self.model.select(*image, self.prompt_text)
+    def score(self, images: ImageBatch) -> torch.Tensor:
+        return self.model.select(images, self.prompt_text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from dassl.engine import TRAINER_REGISTRY
 
+from .prompting.features import ImageBatch
 from .prompting.names import clean_name
 from .prompting.text import encode_texts
 from .prompting.trainer import PromptTrainer
@@ -33,5 +34,5 @@ class ZeroshotCLIP(PromptTrainer):
         template = CUSTOM_TEMPLATES.get(self.cfg.DATASET.NAME, DEFAULT_TEMPLATE)
         return encode_texts(self.model, [template.format(clean_name(name)) for name in self.classnames])
 
-    def model_inference(self, image: torch.Tensor) -> torch.Tensor:
-        return self.model.logits(self.model.encode_image(image), self.prompt_text)
+    def score(self, images: ImageBatch) -> torch.Tensor:
+        return self.backbone.logits(images.features(), self.prompt_text)

@@ -26,6 +26,8 @@ absolute() {
 
 DATA=$(absolute "${DATA:-$ROOT/data}")
 OUTPUT=$(absolute "${OUTPUT:-$ROOT/output}")
+FEATURES=${FEATURES-$OUTPUT/features.sqlite}
+if [ -n "$FEATURES" ]; then FEATURES=$(absolute "$FEATURES"); fi # features of test images, for every run that comes later
 BACKBONE=${BACKBONE:-}
 if [ -f "$BACKBONE" ] || [[ $BACKBONE == "~"/* ]]; then BACKBONE=$(absolute "$BACKBONE"); fi
 TRAINER=${TRAINER:-LoGoPrompt}
@@ -111,6 +113,7 @@ run() {
         ${flags[@]+"${flags[@]}"} \
         DATASET.NUM_SHOTS "$SHOTS" \
         DATASET.SUBSAMPLE_CLASSES "$subset" \
+        TEST.FEATURES "$FEATURES" \
         "$@"
 }
 

@@ -1,23 +1,25 @@
 """What our Dassl trainers share: loading CLIP, precision, checkpoints, evaluation, ``results.json``.
 
 A method subclasses :class:`PromptTrainer` and says what it learns (``build_model``), what it minimises (``loss``) and
-how it scores an image (``text_features`` once per evaluation, ``model_inference`` per batch).
+how it scores images (``text_features`` once per evaluation, ``score`` per batch).
 """
 
 from __future__ import annotations
 
 import inspect
 import os
+import sqlite3
 import sys
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
 from typing import Any, Optional
 
 import dassl.optim.lr_scheduler as dassl_schedules
 import PIL
 import torch
 import torch.nn as nn
+from dassl.data.data_manager import build_data_loader
 from dassl.engine import TrainerX
 from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
@@ -28,6 +30,7 @@ from yacs.config import CfgNode
 
 from .backbone import Backbone, load_clip
 from .errors import UserError
+from .features import FeatureStore, ImageBatch, NotAStore, encoder_key, image_key
 from .names import flat_config, matching_names, relative_path
 from .results import write_results, write_text
 
@@ -39,6 +42,12 @@ IDENTITY = ("TRAINER.NAME", "MODEL.BACKBONE.NAME")  # without these the same a c
 FREE_KEYS = ("OUTPUT_DIR", "RESUME", "VERBOSE", "USE_CUDA", "DATASET.ROOT", "DATALOADER.NUM_WORKERS", "TRAIN.", "TEST.")
 MEANINGFUL = 5.0  # percentage points above chance from which on losing half of them is no accident
 DERIVED = ("token_prefix", "token_suffix")  # in checkpoints of the original CoOp; they belong to its class names
+
+
+def extend_cfg(cfg: CfgNode) -> None:
+    """Add the keys that all of our methods have."""
+    cfg.TEST.FEATURES = ""  # file that keeps features of test images for further evaluations; empty: none are kept
+    cfg.TEST.FEATURES_GB = 4.0  # gigabytes it may take
 
 
 class PromptTrainer(TrainerX):
@@ -342,11 +351,12 @@ class PromptTrainer(TrainerX):
         self.predictions: dict[str, int] = {}
         with self.autocast:
             self.prompt_text = self.text_features()
-            for batch in tqdm(loader, disable=not sys.stderr.isatty()):
-                image, label = self.parse_batch_test(batch)
-                scores = self.model_inference(image)
-                self.evaluator.process(scores, label)
-                self.predictions.update(zip(self.relative_paths(batch), scores.argmax(dim=1).tolist()))
+            bar = tqdm(total=len(loader.dataset), unit="image", disable=not sys.stderr.isatty())
+            with closing(bar):
+                for scores, label, paths in self.scored(loader):
+                    self.evaluator.process(scores, label)
+                    self.predictions.update(zip(paths, scores.argmax(dim=1).tolist()))
+                    bar.update(len(paths))
         self.prompt_text = None
         self.metrics = {key: float(value) for key, value in self.evaluator.evaluate().items()}
         self.tested_split = split
@@ -356,6 +366,88 @@ class PromptTrainer(TrainerX):
             self._write_config()
             self._write_results(trained=False)
         return next(iter(self.metrics.values()))
+
+    def score(self, images: ImageBatch) -> torch.Tensor:
+        """(B, C) scores, whose argmax is the prediction. ``self.prompt_text`` holds the text features."""
+        raise NotImplementedError
+
+    def model_inference(self, image: torch.Tensor) -> torch.Tensor:
+        """Dassl's word for it: (B, 3, H, W) images alone -> (B, C) scores."""
+        return self.score(ImageBatch(self.backbone, [""] * len(image), image))
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen CLIP within the model."""
+        return self.model if isinstance(self.model, Backbone) else self.model.backbone
+
+    def scored(self, loader: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[str]]]:
+        """Scores (B, C), labels (B,) and paths of all images of a loader, in any order.
+
+        What a store of features can answer comes from there, without an image being read; the other images are read
+        and encoded, and their features kept.
+        """
+        store, items = self.open_store(loader), loader.dataset.data_source
+        if store is not None:
+            with closing(store):
+                left = []
+                size = self.cfg.DATALOADER.TEST.BATCH_SIZE
+                for chunk in (items[i : i + size] for i in range(0, len(items), size)):
+                    known = self._kept_batch(chunk, store)
+                    scores = self.score(known)
+                    rows = [i for i, complete in enumerate(known.complete) if complete]
+                    if rows:
+                        label = torch.tensor([chunk[i].label for i in rows], device=scores.device)
+                        yield scores[rows], label, [known.paths[i] for i in rows]
+                    left += [item for item, complete in zip(chunk, known.complete) if not complete]
+                print(f"Features of {len(items) - len(left)} of {len(items)} images were kept in {store.path}")
+                if left:
+                    yield from self._scored_pixels(self._loader_of(left, loader), store)
+        else:
+            yield from self._scored_pixels(loader, None)
+
+    def _scored_pixels(
+        self, loader: Any, store: Optional[FeatureStore]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[str]]]:
+        for batch in loader:
+            paths = self.relative_paths(batch)
+            keys = [] if store is None else [image_key(*pair) for pair in zip(batch["impath"], paths)]
+            images = ImageBatch(self.backbone, paths, batch["img"].to(self.device), store, keys, self.model)
+            yield self.score(images), batch["label"].to(self.device), paths
+
+    def _kept_batch(self, items: Sequence[Any], store: FeatureStore) -> ImageBatch:
+        """Images as far as the store has them."""
+        paths = [relative_path(item.impath, self.cfg.DATASET.ROOT) for item in items]
+        keys = [image_key(item.impath, path) for item, path in zip(items, paths)]
+        return ImageBatch(self.backbone, paths, None, store, keys, self.model)
+
+    def _loader_of(self, items: Sequence[Any], loader: Any) -> Any:
+        """A loader like another one, of other images."""
+        return build_data_loader(
+            self.cfg,
+            data_source=items,
+            batch_size=self.cfg.DATALOADER.TEST.BATCH_SIZE,
+            tfm=loader.dataset.transform,
+            is_train=False,
+        )
+
+    def open_store(self, loader: Any) -> Optional[FeatureStore]:
+        """The store that ``TEST.FEATURES`` names, for this encoder and what happens to images before it."""
+        path = self.cfg.TEST.get("FEATURES", "")
+        if not path:
+            return None
+        backbone, kind = self.backbone, self.device.type
+        if kind == "cuda":
+            kind = torch.cuda.get_device_name(self.device)
+        precision = f"{backbone.dtype} {type(self.autocast).__name__}"
+        key = encoder_key(backbone.visual, loader.dataset.transform, precision, kind)
+        name = f"{backbone.name}, {backbone.input_resolution} pixels, {backbone.dtype}, {kind}"
+        try:
+            return FeatureStore(os.path.expanduser(path), key, name, int(self.cfg.TEST.FEATURES_GB * 2**30))
+        except NotAStore as error:
+            raise UserError(f"TEST.FEATURES: {error}; name another file") from error
+        except (OSError, sqlite3.Error) as error:
+            print(f"{path}: {error}; features are not kept")
+            return None
 
     def relative_paths(self, batch: dict[str, Any]) -> list[str]:
         """Paths of a batch's images relative to the data root, with forward slashes."""
