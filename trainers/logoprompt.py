@@ -22,6 +22,7 @@ from yacs.config import CfgNode as CN
 
 from .prompting.adapter import CacheAdapter
 from .prompting.backbone import Backbone
+from .prompting.bank import BankBatch, FeatureBank, numbers_loader
 from .prompting.errors import UserError
 from .prompting.features import ImageBatch, digest
 from .prompting.selection import LOSSES, hard_negatives, log_probabilities, min_max_loss, select, top_classes
@@ -32,6 +33,7 @@ from .prompting.synthetic import (
     block_size,
     fixed_places,
     paste,
+    places_at,
     random_places,
     render_blocks,
 )
@@ -67,6 +69,8 @@ def extend_cfg(cfg: CN) -> None:
     cfg.TRAINER.LOGOPROMPT.BLOCK_HEIGHT = 1 / 7  # h / H
     cfg.TRAINER.LOGOPROMPT.BLOCK_WIDTH = 1.0  # w / W
     cfg.TRAINER.LOGOPROMPT.LOCATION = "random"  # random, top or bottom
+    # 0: images are augmented afresh at every step, as in the paper; R: R views of each, with a place each, encoded once
+    cfg.TRAINER.LOGOPROMPT.VIEWS = 0
     cfg.TRAINER.LOGOPROMPT.FONT = ""  # path of a .ttf/.otf file; empty: Pillow's own font
     cfg.TRAINER.LOGOPROMPT.MIN_CONTRAST = 4.5  # of text and background, WCAG's ratio
     # LoGoPrompt + adapter: a cache of training features, its keys learned in a last stage with the prompts left alone
@@ -172,9 +176,9 @@ class CustomCLIP(nn.Module):
         """
         n = classes.shape[1]
         owner = torch.arange(len(image)).repeat_interleave(n)
-        return self._encode_owned(image, places, owner, classes.flatten()).view(len(image), n, -1)
+        return self.encode_pasted(image, places, owner, classes.flatten()).view(len(image), n, -1)
 
-    def _encode_owned(
+    def encode_pasted(
         self, image: torch.Tensor, places: torch.Tensor, owner: torch.Tensor, classes: torch.Tensor
     ) -> torch.Tensor:
         """(P, E) f(x_c) of P pairs of an image (its number in ``owner``) and a class."""
@@ -193,13 +197,17 @@ class CustomCLIP(nn.Module):
         return self.backbone.encode_image(paste(image[i], blocks[c], places[i]))
 
     def forward(self, image: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Training (3.3): images (B, 3, H, W) and labels (B,) -> losses (B,) and log p(c|x) (B, C).
+        """Training on images (B, 3, H, W) with blocks at random places: see :meth:`contrast`."""
+        return self.contrast(FreshImages(self, image), label)
+
+    def contrast(self, images: FreshImages | BankBatch, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Training (3.3): B images and their labels (B,) -> losses (B,) and log p(c|x) (B, C).
 
         The ablations of Table 4a are trained by cross-entropy: on the original images (``none``), or on them and on
         the images with the block of their class (``text_augmentation``); ``paired`` is trained as ``selection`` is.
         """
         with torch.no_grad():  # the image encoder is frozen: nothing is learned from the original image's pixels
-            image_features = self.backbone.encode_image(image)
+            image_features = images.features()
         with nullcontext() if self.adapter is None else torch.no_grad():
             text_features = self.text_features()
         log_p = self.log_p(image_features, text_features)
@@ -211,8 +219,7 @@ class CustomCLIP(nn.Module):
         k = 0 if self.visual_prompt == "text_augmentation" else self.k
         negatives = hard_negatives(log_p.detach(), label, k)
         classes = torch.cat([label.unsqueeze(1), negatives], dim=1)  # y, c_1 … c_K
-        places = random_places(len(image), self.image_size, self.block, self.location)
-        conditional = self.conditional_features(image, classes, places)
+        conditional = images.conditional(classes)
         original_p = log_p.gather(1, classes)  # log p(y|x), log p(c_k|x)
         conditional_p = self.log_p(conditional, text_features).gather(2, classes.unsqueeze(2)).squeeze(2)
 
@@ -257,7 +264,7 @@ class CustomCLIP(nn.Module):
         self, image: torch.Tensor, paths: Sequence[str], rows: Sequence[int], classes: torch.Tensor
     ) -> torch.Tensor:
         """f(x_c) at test time: images (B, 3, H, W) and their paths, P pairs of a row and a class -> (P, E)."""
-        return self._encode_owned(image, self.places(paths), torch.tensor(rows), classes)
+        return self.encode_pasted(image, self.places(paths), torch.tensor(rows), classes)
 
     def pair_parts(
         self, paths: Sequence[str], rows: Sequence[int], classes: torch.Tensor
@@ -269,6 +276,23 @@ class CustomCLIP(nn.Module):
             self._block_digests = [digest(block.cpu().numpy().tobytes(), *block.shape) for block in self.rendered]
         places = self.places(paths).tolist()
         return [(*places[row], self._block_digests[c]) for row, c in zip(rows, classes.tolist())]
+
+
+class FreshImages:
+    """Training images as pixels; blocks go to random places, the same for all copies of an image."""
+
+    def __init__(self, network: CustomCLIP, image: torch.Tensor) -> None:
+        self.network, self.image = network, image
+
+    def features(self) -> torch.Tensor:
+        """f(x): (B, E), of unit length."""
+        return self.network.backbone.encode_image(self.image)
+
+    def conditional(self, classes: torch.Tensor) -> torch.Tensor:
+        """f(x_c) of (B, N) classes for each image: (B, N, E), of unit length."""
+        network = self.network
+        places = random_places(len(self.image), network.image_size, network.block, network.location)
+        return network.conditional_features(self.image, classes, places)
 
 
 @TRAINER_REGISTRY.register()
@@ -310,6 +334,10 @@ class LoGoPrompt(PromptTrainer):
                 raise UserError(f"TRAINER.LOGOPROMPT.{key} {method[key]:g}: must not be negative")
         if method.TUNE_VISUAL and method.VISUAL_PROMPT == "none":
             raise UserError("TRAINER.LOGOPROMPT.TUNE_VISUAL True: with VISUAL_PROMPT none there are none to tune")
+        if method.VIEWS < 0:
+            raise UserError(f"TRAINER.LOGOPROMPT.VIEWS {method.VIEWS}: must not be negative; 0 augments at every step")
+        if method.VIEWS and method.TUNE_VISUAL:
+            raise UserError("TRAINER.LOGOPROMPT.VIEWS: tuned blocks change at every step, so set it to 0")
         if method.K < 1:
             raise UserError(f"TRAINER.LOGOPROMPT.K {method.K}: must be at least 1")
         if not 1 <= method.MIN_CONTRAST <= MAX_CONTRAST:
@@ -319,6 +347,7 @@ class LoGoPrompt(PromptTrainer):
     def build_network(self, clip_model: Backbone) -> nn.Module:
         network = super().build_network(clip_model)
         method, dataset = self.cfg.TRAINER.LOGOPROMPT, self.dm.dataset
+        self.bank = self.build_bank(network) if method.VIEWS else None
         if method.ADAPTER:
             network.add_adapter(method, len(dataset.train_x))
         if method.ADAPTER_SEARCH:
@@ -329,6 +358,26 @@ class LoGoPrompt(PromptTrainer):
                     "own to choose on; set ADAPTER_ALPHA and ADAPTER_BETA instead"
                 )
         return network
+
+    def build_data_loader(self) -> None:
+        super().build_data_loader()
+        if self.cfg.TRAINER.LOGOPROMPT.VIEWS:  # images are not read by a loader, but when something has to be encoded
+            size = self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE
+            self.train_loader_x = numbers_loader(self.dm.dataset.train_x, size)
+
+    def build_bank(self, network: CustomCLIP) -> FeatureBank:
+        """R views of the training images, none of them encoded yet."""
+        cfg = self.cfg
+        return FeatureBank(
+            self.dm.dataset.train_x,
+            build_transform(cfg, is_train=True),
+            cfg.TRAINER.LOGOPROMPT.VIEWS,
+            max(cfg.SEED, 0),
+            network.backbone.encode_image,
+            network.encode_pasted,
+            partial(places_at, image_size=network.image_size, block=network.block, location=network.location),
+            self.device,
+        )
 
     def parameter_groups(self, prompt_learner: nn.Module) -> Optional[list[dict[str, Any]]]:
         method = self.cfg.TRAINER.LOGOPROMPT
@@ -432,8 +481,11 @@ class LoGoPrompt(PromptTrainer):
         )
 
     def loss(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        image, label = batch["img"].to(self.device), batch["label"].to(self.device)
-        losses, log_p = self.model(image, label)
+        label = batch["label"].to(self.device)
+        if self.bank is None:
+            losses, log_p = self.model(batch["img"].to(self.device), label)
+        else:
+            losses, log_p = self.model.contrast(self.bank.batch(batch["index"], self.epoch), label)
         return losses.mean(), log_p, label
 
     def score(self, images: ImageBatch) -> torch.Tensor:

@@ -249,7 +249,7 @@ def block_size(image_size: int, height_ratio: float, width_ratio: float) -> tupl
 
 def random_places(n: int, image_size: int, block: tuple[int, int], location: str) -> torch.Tensor:
     """Places of n blocks for training, from torch's random state. Returns (n, 2) rows of (top, left) in pixels."""
-    return _places(torch.rand(n, 2, dtype=torch.float64), image_size, block, location)
+    return places_at(torch.rand(n, 2, dtype=torch.float64), image_size, block, location)
 
 
 def fixed_places(
@@ -266,10 +266,11 @@ def fixed_places(
         (n, 2) rows of (top, left) in pixels.
     """
     uniform = [_uniform(f"{seed}/{path}", 2) for path in paths]
-    return _places(torch.tensor(uniform, dtype=torch.float64).view(-1, 2), image_size, block, location)
+    return places_at(torch.tensor(uniform, dtype=torch.float64).view(-1, 2), image_size, block, location)
 
 
-def _places(uniform: torch.Tensor, image_size: int, block: tuple[int, int], location: str) -> torch.Tensor:
+def places_at(uniform: torch.Tensor, image_size: int, block: tuple[int, int], location: str) -> torch.Tensor:
+    """Places of blocks from (n, 2) numbers in [0, 1). Returns (n, 2) rows of (top, left) in pixels."""
     free = torch.tensor([image_size - block[0], image_size - block[1]])
     if location == "random":
         return (uniform * (free + 1)).long()  # every place that keeps the block inside is as likely
