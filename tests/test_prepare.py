@@ -325,6 +325,27 @@ def test_a_server_that_cannot_go_on_starts_again(internet, tmp_path):
     assert status == 0, err
 
 
+def test_half_a_file_is_not_taken_for_the_whole(internet, client, tmp_path):
+    """What a killed call left; there is no checksum that would tell."""
+    tree, contents = archives(trees.fgvc_aircraft, tmp_path / "there")
+    internet.offer("fgvc_aircraft", tree, contents)
+    downloads = tmp_path / "data/.prepare/fgvc_aircraft/downloads"
+    downloads.mkdir(parents=True)
+    (downloads / "fgvc-aircraft-2013b.tar.gz.part").write_bytes(contents["fgvc-aircraft-2013b.tar.gz"][:200])
+    status, _, err = run("fgvc_aircraft", "--root", tmp_path / "data")
+    assert status == 0, err
+    assert internet.server.log[-1] == ("fgvc-aircraft-2013b.tar.gz", 200 if client == "curl" else 0)
+
+
+def test_a_server_without_the_file(internet, client, tmp_path):
+    tree, contents = archives(trees.fgvc_aircraft, tmp_path / "there")
+    internet.offer("fgvc_aircraft", tree, contents)
+    internet.server.files.clear()
+    (tmp_path / "data").mkdir()
+    status, _, err = run("fgvc_aircraft", "--root", tmp_path / "data")
+    assert status == 1 and f"{internet.url}/fgvc-aircraft-2013b.tar.gz: " in err and err.count("\n") == 1
+
+
 def test_google_drive_breaks_and_goes_on(internet, tmp_path):
     tree, contents = archives(trees.ucf101, tmp_path / "there")
     source = internet.offer("ucf101", tree, contents)
@@ -479,6 +500,9 @@ def test_a_linked_folder_is_filled(other_disk, internet, monkeypatch, tmp_path):
             rename(source, target)
 
         monkeypatch.setattr(dataset_fetch.os, "rename", refuse)
+    internet.server.broken["dtd-r1.0.1.tar.gz"] = 100
+    assert run("dtd", "--root", tmp_path / "data")[0] == 1
+    assert (tmp_path / "big/.prepare/dtd").is_dir() and os.listdir(tmp_path / "data") == ["dtd"]
     status, _, err = run("dtd", "--root", tmp_path / "data")
     assert status == 0, err
     assert (tmp_path / "data/dtd").is_symlink() and os.listdir(tmp_path / "data") == ["dtd"]
@@ -744,6 +768,7 @@ def whole(monkeypatch, tmp_path):
 
     def build_tree(make):
         tree = make(tmp_path)
+        tree.before = snapshot(tmp_path)
         cls, cfg = dataset_check.dataset_class(tree.config, str(tmp_path))
         tree.split = cls.survey(cfg)[1]
         counts = {part: len(tree.split[part]) for part in SOURCES[tree.config].counts}
@@ -757,13 +782,12 @@ def whole(monkeypatch, tmp_path):
 @pytest.mark.parametrize("make", trees.ALL, ids=name_of)
 def test_check_finds_every_bad_image(make, whole, tmp_path):
     tree = whole(make)
-    before = snapshot(tmp_path)
     status, out, err = run(tree.config, "--root", tmp_path, "--check", "--workers", 3)
     assert (status, err) == (0, ""), out
     paths = sorted({entry.path for entries in tree.split.values() for entry in entries})
     images = tmp_path / tree.folder / tree.images
     assert f"{len(paths):,} images" in out and out.count("\n") == 1 and out.endswith("classes  whole\n")
-    assert snapshot(tmp_path) == before  # nothing is written, no split, no listing
+    assert snapshot(tmp_path) == tree.before  # nothing is written, no split, no listing
 
     if make in trees.FOLDERS:  # without a split file what there is comes from listing folders
         (tmp_path / tree.folder / tree.split_file).write_text(json.dumps(tree.split))
