@@ -6,9 +6,11 @@ Samples equal those of the original CoOp code for the same seed. Only images tha
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from typing import Any
 
 from dassl.data.datasets import DatasetBase, Datum
@@ -46,16 +48,10 @@ class FewShotDataset(DatasetBase):
     sampled: tuple[str, ...] = ("train", "val")  # what few-shot samples are drawn of
     listed = False  # entries come from listing the folders, so that their files are there
     test_only = False
+    keep = True  # what was made or listed is written to the data set's folder
 
     def __init__(self, cfg: Any) -> None:
-        root = data_root(cfg)
-        self.folder = os.path.join(root, self.dataset_dir)
-        if not os.path.isdir(self.folder):
-            raise UserError(
-                f"{self.folder}: no such folder; --root must name the folder that holds {self.dataset_dir}/"
-            )
-        self.images = os.path.join(self.folder, self.image_dir)
-        self.cfg = cfg
+        self._open(cfg)
         shots, subset = cfg.DATASET.NUM_SHOTS, cfg.DATASET.SUBSAMPLE_CLASSES
         with python_random(
             cfg.SEED
@@ -71,6 +67,26 @@ class FewShotDataset(DatasetBase):
             check_files(self.images, parts)
         train, val, test = (self._data(parts[part]) for part in SPLITS)
         super().__init__(train_x=train, val=val or None, test=test)
+
+    @classmethod
+    def survey(cls, cfg: Any) -> tuple[str, dict[str, list[Entry]]]:
+        """The image folder and all entries of each part: no image is asked for, nothing is written, nothing printed."""
+        dataset = cls.__new__(cls)
+        dataset._open(cfg)
+        dataset.keep = False
+        with python_random(cfg.SEED), redirect_stdout(io.StringIO()):
+            dataset.prepare()
+            return dataset.images, {part: dataset.entries(part) for part in SPLITS}
+
+    def _open(self, cfg: Any) -> None:
+        root = data_root(cfg)
+        self.folder = os.path.join(root, self.dataset_dir)
+        if not os.path.isdir(self.folder):
+            raise UserError(
+                f"{self.folder}: no such folder; --root must name the folder that holds {self.dataset_dir}/"
+            )
+        self.images = os.path.join(self.folder, self.image_dir)
+        self.cfg = cfg
 
     def prepare(self) -> None:
         """Whatever has to be read or made before :meth:`entries` is asked."""
@@ -112,7 +128,9 @@ class SplitDataset(FewShotDataset):
 
     def prepare(self) -> None:
         made = None
-        if not os.path.isfile(self.source):
+        if not os.path.isfile(self.source) and not self.keep:
+            made = self.make_split()
+        elif not os.path.isfile(self.source):
             try:
                 with FileLock(os.path.join(self.folder, f".{self.split_file}.lock")):
                     if not os.path.isfile(self.source):  # nobody else made it while this process waited

@@ -51,7 +51,8 @@ class ImageNet(FewShotDataset):
                 ]
             else:
                 names = read_classnames(self.path(CLASSNAMES))
-                listing = list_classes(os.path.join(self.images, folder), self.path(LISTING.format(folder)))
+                kept = self.path(LISTING.format(folder)) if self.keep else ""
+                listing = list_classes(os.path.join(self.images, folder), kept)
                 self._entries[folder] = label_folders(listing, names, self.path(CLASSNAMES), f"{folder}/")
         return self._entries[folder]
 
