@@ -254,15 +254,18 @@ def open_checkout(path: str) -> tuple[Path, TrainFile]:
     return checkout, TrainFile(checkout / "train.py")
 
 
-def refuse_differing(states: dict[str, str], why: str) -> None:
-    differing = in_state(states, "differs")
+def refuse_differing(checkout: Path, states: dict[str, str]) -> None:
+    differing = ", ".join(in_state(states, "differs"))
     if differing:
-        raise Refusal(f"{', '.join(differing)}: {why}; nothing was changed")
+        raise Refusal(
+            f"{differing}: in {checkout} and not as here; move them away, or --remove them with the version of this "
+            "tool that copied them; nothing was changed"
+        )
 
 
 def install(checkout: Path, train_file: TrainFile) -> int:
     states = survey(checkout)
-    refuse_differing(states, f"in the way in {checkout}, not as in {ROOT}; move them away")
+    refuse_differing(checkout, states)
     missing, source = in_state(states, "missing"), train_file.with_lines()
     changed = [train_file.path] if source != train_file.source else []
     check_writable([*(checkout / name for name in missing), *changed])
@@ -295,7 +298,7 @@ def check(checkout: Path, train_file: TrainFile) -> int:
 
 def remove(checkout: Path, train_file: TrainFile) -> int:
     states = survey(checkout)
-    refuse_differing(states, f"not as they were copied to {checkout}; remove them by hand")
+    refuse_differing(checkout, states)
     present, source = in_state(states, "same"), train_file.without_lines()
     changed = [train_file.path] if source != train_file.source else []
     folders = [checkout / name for name in FOLDERS if (checkout / name).exists()]
