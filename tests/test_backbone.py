@@ -242,3 +242,13 @@ def test_a_broken_or_unrelated_clip_package_falls_back_to_open_clip(monkeypatch)
     monkeypatch.delitem(sys.modules, "clip.model", raising=False)
     assert import_provider().__name__ == "open_clip"
     assert "open_clip" in one_line(lambda: import_provider("clip"))
+
+
+def test_a_clip_package_that_builds_other_models_falls_back_to_open_clip(monkeypatch):
+    for name in ("clip", "clip.model", "clip.simple_tokenizer"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["clip.model"].build_model = lambda state_dict: None
+    assert import_provider().__name__ == "clip"
+    sys.modules["clip.model"].build_model = lambda state_dict, design_details: None
+    assert import_provider().__name__ == "open_clip"
+    assert "design_details" in one_line(lambda: import_provider("clip"))

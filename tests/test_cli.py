@@ -122,6 +122,7 @@ def test_other_values_that_cannot_be(fails):
         ("OPTIM.NAME", "foo"),
         ("OPTIM.LR_SCHEDULER", "foo"),
         ("INPUT.TRANSFORMS", "('foo',)"),
+        ("INPUT.INTERPOLATION", "foo"),
         ("TEST.EVALUATOR", "foo"),
         ("DATALOADER.TRAIN_X.SAMPLER", "foo"),
         ("INPUT.SIZE", "(64,)"),

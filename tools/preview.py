@@ -25,12 +25,12 @@ import train  # isort: skip (needs the line above; makes `import dassl` work)
 import torch
 from dassl.data.datasets import build_dataset
 from dassl.data.transforms import build_transform
-from dassl.utils import read_image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from trainers.logoprompt import draw_visual_prompts
 from trainers.prompting.errors import UserError
+from trainers.prompting.images import read_image
 from trainers.prompting.names import relative_path
 from trainers.prompting.synthetic import VisualPrompts, fixed_places, paste
 from trainers.prompting.trainer import find_checkpoint, per_class_state, read_checkpoint

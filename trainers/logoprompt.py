@@ -38,7 +38,7 @@ from .prompting.synthetic import (
     render_blocks,
 )
 from .prompting.text import PromptLearner, TextEncoder, TwoStagePromptLearner
-from .prompting.trainer import PromptTrainer
+from .prompting.trainer import ImageDataset, PromptTrainer
 from .prompting.trainer import extend_cfg as extend_shared_cfg
 
 TEXT_PROMPTS = ("two_stage", "generic")
@@ -449,7 +449,12 @@ class LoGoPrompt(PromptTrainer):
         """The features of the training images, as they are at test time, become the keys of the cache."""
         tfm, batch_size = build_transform(self.cfg, is_train=False), self.cfg.DATALOADER.TEST.BATCH_SIZE
         loader = build_data_loader(
-            self.cfg, data_source=self.dm.dataset.train_x, batch_size=batch_size, tfm=tfm, is_train=False
+            self.cfg,
+            data_source=self.dm.dataset.train_x,
+            batch_size=batch_size,
+            tfm=tfm,
+            is_train=False,
+            dataset_wrapper=ImageDataset,
         )
         self.model.prompt_learner.adapter.fill(*self.features(loader))
 

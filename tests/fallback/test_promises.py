@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from dassl.config import get_cfg_default
-from dassl.data import DataManager, DatasetWrapper
+from dassl.data import DataManager
 from dassl.data.data_manager import build_data_loader
 from dassl.data.datasets import DatasetBase, Datum
 from dassl.data.transforms import build_transform
@@ -22,11 +22,9 @@ from dassl.engine import SimpleTrainer
 from dassl.evaluation import build_evaluator
 from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
-from dassl.utils import Logger, load_checkpoint, mkdir_if_missing, read_image, save_checkpoint, setup_logger, write_json
+from dassl.utils import Logger, load_checkpoint, mkdir_if_missing, save_checkpoint, setup_logger, write_json
 from dassl_toy import ToyTrainer, rates, read_split, toy_cfg
-from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader
 
 
 def test_says_that_it_is_the_fallback():
@@ -242,77 +240,6 @@ def test_resumed_run_with_a_warmup_equals_an_unbroken_one(tmp_path, dies_at):
     resumed.train()
     assert killed.lrs + resumed.lrs == unbroken.lrs
     assert torch.equal(resumed.model.weight, unbroken.model.weight)
-
-
-# Images
-
-
-def jpeg(path):
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path, "JPEG")
-
-
-def bad_images(folder):
-    """Make a file for each way of failing; return {name: (path, class, end of the message)}."""
-    jpeg(folder / "whole.jpg")
-    data = (folder / "whole.jpg").read_bytes()
-    (folder / "cut.jpg").write_bytes(data[: len(data) // 2])
-    (folder / "text.jpg").write_text("version https://git-lfs.github.com/spec/v1\n" * 3)
-    (folder / "empty.jpg").touch()
-    (folder / "folder.jpg").mkdir()
-    (folder / "two\nlines.jpg").write_text("x")
-    return {
-        "missing": (folder / "missing.jpg", FileNotFoundError, "no image file at {}"),
-        "cut": (folder / "cut.jpg", OSError, "cannot decode image {}: image file is truncated"),
-        "text": (folder / "text.jpg", OSError, "cannot decode image {}: not an image of a known format"),
-        "empty": (folder / "empty.jpg", OSError, "cannot decode image {}: not an image of a known format"),
-        "folder": (folder / "folder.jpg", OSError, "cannot decode image {}: Is a directory"),
-        "lines": (folder / "two\nlines.jpg", OSError, "cannot decode image {}: not an image of a known format"),
-    }
-
-
-KINDS = ["missing", "cut", "text", "empty", "folder", "lines"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_unreadable_image(tmp_path, kind):
-    path, error, message = bad_images(tmp_path)[kind]
-    with pytest.raises(OSError) as caught:
-        read_image(str(path))
-    assert type(caught.value) is error and len(caught.value.args) == 1
-    assert str(caught.value).startswith(message.format(str(path).replace("\n", " ")))
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_decompression_bomb(tmp_path, monkeypatch):
-    jpeg(tmp_path / "large.jpg")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(OSError, match="cannot decode image .*large.jpg: .*decompression bomb") as caught:
-        read_image(str(tmp_path / "large.jpg"))
-    assert type(caught.value) is OSError
-
-
-def test_unreadable_images_in_a_worker(tmp_path):
-    made = bad_images(tmp_path)
-    bad = [made[kind] for kind in ("missing", "cut", "text")]
-    data = [Datum(str(path)) for path, _, _ in bad] + [Datum(str(tmp_path / "whole.jpg"))]
-    batches = iter(DataLoader(DatasetWrapper(get_cfg_default(), data, transform=np.asarray), num_workers=1))
-    for path, error, message in bad:
-        with pytest.raises(OSError) as caught:
-            next(batches)
-        assert type(caught.value) is error
-        assert message.format(path) in str(caught.value).splitlines()[-1]
-    assert [batch["img"].shape for batch in batches] == [(1, 64, 64, 3)]
-
-
-def test_image_is_decoded_and_its_file_closed(tmp_path):
-    jpeg(tmp_path / "x.jpg")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ResourceWarning)
-        image = read_image(str(tmp_path / "x.jpg"))
-        os.remove(tmp_path / "x.jpg")
-        assert image.getpixel((63, 63)) is not None
-        gc.collect()
 
 
 def test_datum_does_not_look_for_its_file(monkeypatch):

@@ -10,6 +10,7 @@ when it can be imported, otherwise from ``open_clip``; the features are the same
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import warnings
 import zipfile
@@ -185,13 +186,14 @@ def _blocks(model: nn.Module) -> nn.ModuleList:
 def import_provider(provider: str = "auto") -> ModuleType:
     """The package that builds the model: ``clip`` (with ``clip.model.build_model``) or ``open_clip``.
 
-    Broken installations count as absent: the copies of ``clip`` on PyPI do not import on today's setuptools, and an
-    unrelated package carries the same name.
+    Broken installations count as absent: the copies of ``clip`` on PyPI do not import on today's setuptools, an
+    unrelated package carries the same name, and code bases built on CoOp bundle copies that build other models.
     """
     if provider in ("auto", "clip"):
         try:
             package = importlib.import_module("clip")
-            importlib.import_module("clip.model").build_model  # noqa: B018 (an unrelated `clip` fails here)
+            build = importlib.import_module("clip.model").build_model  # an unrelated `clip` fails here
+            inspect.signature(build).bind({})  # one that another method changed (MaPLe's wants its design) fails here
             importlib.import_module("clip.simple_tokenizer")
             return package
         except Exception as error:  # noqa: BLE001 (whatever a foreign package raises while it is imported)

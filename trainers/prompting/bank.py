@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from dassl.utils import read_image
 from torch.utils.data import DataLoader, Dataset
+
+from .images import read_image
 
 Encode = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

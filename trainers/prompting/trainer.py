@@ -19,7 +19,9 @@ import dassl.optim.lr_scheduler as dassl_schedules
 import PIL
 import torch
 import torch.nn as nn
+from dassl.data import DataManager, DatasetWrapper
 from dassl.data.data_manager import build_data_loader
+from dassl.data.transforms.transforms import AVAI_CHOICES, INTERPOLATION_MODES
 from dassl.engine import TrainerX
 from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
@@ -31,6 +33,7 @@ from yacs.config import CfgNode
 from .backbone import Backbone, load_clip
 from .errors import UserError
 from .features import FeatureStore, ImageBatch, NotAStore, encoder_key, image_key
+from .images import read_image
 from .names import flat_config, matching_names, relative_path
 from .results import write_results, write_text
 
@@ -48,6 +51,17 @@ def extend_cfg(cfg: CfgNode) -> None:
     """Add the keys that all of our methods have."""
     cfg.TEST.FEATURES = ""  # file that keeps features of test images for further evaluations; empty: none are kept
     cfg.TEST.FEATURES_GB = 4.0  # gigabytes it may take
+
+
+class ImageDataset(DatasetWrapper):
+    """Dassl's, but an image that cannot be read is named: Dassl.pytorch passes Pillow's errors on as they are."""
+
+    def __getitem__(self, idx: int) -> dict[str, Any]:
+        try:
+            return super().__getitem__(idx)
+        except Exception:
+            read_image(self.data_source[idx].impath)  # says which and why, unless something else is at fault
+            raise
 
 
 class PromptTrainer(TrainerX):
@@ -76,6 +90,22 @@ class PromptTrainer(TrainerX):
                 raise UserError(f"{key} {value}: must be at least 1")
         if len(cfg.INPUT.SIZE) != 2:
             raise UserError(f"INPUT.SIZE {tuple(cfg.INPUT.SIZE)}: height and width are needed")
+        # Dassl itself stops at an unknown name with a bare assertion or KeyError.
+        for key, names, known in (
+            ("TRANSFORMS", cfg.INPUT.TRANSFORMS, AVAI_CHOICES),
+            ("INTERPOLATION", (cfg.INPUT.INTERPOLATION,), INTERPOLATION_MODES),
+        ):
+            for name in names:
+                if name not in known:
+                    raise UserError(f"INPUT.{key} {name}: choose from {', '.join(known)}")
+
+    def build_data_loader(self) -> None:
+        """As in Dassl, with images read by :class:`ImageDataset`."""
+        self.dm = DataManager(self.cfg, dataset_wrapper=ImageDataset)
+        self.train_loader_x, self.train_loader_u = self.dm.train_loader_x, self.dm.train_loader_u
+        self.val_loader, self.test_loader = self.dm.val_loader, self.dm.test_loader
+        self.num_classes, self.lab2cname = self.dm.num_classes, self.dm.lab2cname
+        self.num_source_domains = self.dm.num_source_domains
 
     def method_cfg(self) -> Any:
         """The method's own config node, for example ``cfg.TRAINER.COOP``."""
@@ -428,6 +458,7 @@ class PromptTrainer(TrainerX):
             batch_size=self.cfg.DATALOADER.TEST.BATCH_SIZE,
             tfm=loader.dataset.transform,
             is_train=False,
+            dataset_wrapper=ImageDataset,
         )
 
     def open_store(self, loader: Any) -> Optional[FeatureStore]:

@@ -15,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 import PIL
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 __all__ = [
     "atomic_write",
@@ -88,31 +88,10 @@ def set_random_seed(seed: int) -> None:
         seeder(seed)
 
 
-def _one_line(text: object) -> str:
-    return " ".join(str(text).splitlines())
-
-
 def read_image(path: str) -> Image.Image:
-    """Return the image at ``path``, fully decoded, in RGB.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        OSError: it cannot be read or decoded, for whatever reason (permissions, not an image, truncated, so large that
-            Pillow takes it for a decompression bomb).
-        Both carry a single argument, one line that names the path, so that a DataLoader can raise them again, as the
-        same class, out of a worker process.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as exc:
-        raise FileNotFoundError(f"no image file at {_one_line(path)}") from exc
-    except UnidentifiedImageError as exc:
-        raise OSError(f"cannot decode image {_one_line(path)}: not an image of a known format") from exc
-    # Pillow's decoders raise nearly anything on damaged files: SyntaxError, struct.error, ValueError, EOFError, ...
-    except Exception as exc:
-        reason = getattr(exc, "strerror", None) or _one_line(exc) or type(exc).__name__
-        raise OSError(f"cannot decode image {_one_line(path)}: {reason}") from exc
+    """Return the image at ``path``, fully decoded, in RGB; Pillow's errors as they are."""
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def collect_env_info() -> str:

@@ -29,11 +29,10 @@ __all__ = [
 _GEOMETRY = ["random_translation", "random_crop", "random_resized_crop", "center_crop", "random_flip"]
 _COLOUR = ["colorjitter", "randomgrayscale", "gaussian_blur"]
 _ON_TENSORS = ["cutout", "normalize", "gaussian_noise", "instance_norm"]
-AVAI_CHOICES = _GEOMETRY + _COLOUR + _ON_TENSORS
-
-_ONLY_IN_DASSL = {"randaugment", "randaugment2", "randaugment_fixmatch"} | {
-    f"{name}_policy" for name in ("imagenet", "cifar10", "svhn")
-}
+# names that Dassl.pytorch knows, and no more than names here
+_ONLY_IN_DASSL = ["randaugment", "randaugment2", "randaugment_fixmatch"]
+_ONLY_IN_DASSL += [f"{name}_policy" for name in ("imagenet", "cifar10", "svhn")]
+AVAI_CHOICES = _GEOMETRY + _COLOUR + _ON_TENSORS + _ONLY_IN_DASSL
 
 INTERPOLATION_MODES = {mode.value: mode for mode in map(InterpolationMode, ("bilinear", "bicubic", "nearest"))}
 
