@@ -39,7 +39,7 @@ class CustomCLIP(nn.Module):
 
     def text_features(self) -> torch.Tensor:
         """(C, E) text features of unit length."""
-        return self.text_encoder(*self.prompt_learner())
+        return self.text_encoder(*self.prompt_learner.parts())
 
     def logits(self, image: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, H) images, (C, E) text features -> (B, C) cosines divided by the temperature."""

@@ -143,7 +143,7 @@ class CustomCLIP(nn.Module):
 
     def text_features(self) -> torch.Tensor:
         """g(p_c): (C, E), of unit length."""
-        return self.text_encoder(*self.prompt_learner())
+        return self.text_encoder(*self.prompt_learner.parts())
 
     def log_p(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """log p(c|x), the softmax over all C classes of cos(f(x), g(p_c)) / tau: (…, E), (C, E) -> (…, C)."""
