@@ -1,4 +1,7 @@
-"""Configs are what their names say: backbone[size][_ep<epochs>][_ctxv1], as in CoOp; without epochs 200."""
+"""Configs are what their names say: backbone[size][_c<M>][_ep<epochs>][_batch<B>][_ctxv1], as in CoOp and CoCoOp.
+
+Without epochs 200, without a batch size 32.
+"""
 
 import re
 
@@ -18,7 +21,10 @@ BACKBONES = {
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_name_and_content_agree(path):
-    name = re.fullmatch(r"(?P<backbone>[a-z0-9_]+?)(_ep(?P<epochs>\d+))?(?P<words>_ctxv1)?", path.stem)
+    name = re.fullmatch(
+        r"(?P<backbone>[a-z0-9_]+?)(_c(?P<n_ctx>\d+))?(_ep(?P<epochs>\d+))?(_batch(?P<batch>\d+))?(?P<words>_ctxv1)?",
+        path.stem,
+    )
     trainer = path.parent.name
     cfg = train.setup_cfg(
         train.parse_args(["--config-file", str(path), "--trainer", trainer, "DATASET.NAME", "Shapes"])
@@ -30,8 +36,9 @@ def test_name_and_content_agree(path):
     if name["words"]:
         assert method.CTX_INIT == "a photo of a"  # M = 4
     else:
-        assert method.CTX_INIT == "" and method.N_CTX == 16
-    assert (cfg.OPTIM.NAME, cfg.OPTIM.LR_SCHEDULER, cfg.DATALOADER.TRAIN_X.BATCH_SIZE) == ("sgd", "cosine", 32)
+        assert method.CTX_INIT == "" and int(name["n_ctx"] or 16) == method.N_CTX
+    assert int(name["batch"] or 32) == cfg.DATALOADER.TRAIN_X.BATCH_SIZE
+    assert (cfg.OPTIM.NAME, cfg.OPTIM.LR_SCHEDULER) == ("sgd", "cosine")
 
 
 def test_every_method_has_the_same_settings_to_choose_from():

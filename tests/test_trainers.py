@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 import train
 from trainers.prompting.trainer import CollapseWatch
 
-TRAINED = ["CoOp", "LoGoPrompt"]
+TRAINED = ["CoOp", "CoCoOp", "LoGoPrompt"]
 EVERY = ["ZeroshotCLIP", *TRAINED]
 BASE = NAMES[:4]
 
@@ -72,10 +72,11 @@ def test_only_the_prompt_learner_is_registered_trained_and_stored(run, trainer):
     built = run.trainer
     assert built.get_model_names() == ["prompt_learner"]
     optimised = [p for group in built.optim.param_groups for p in group["params"]]
-    assert [id(p) for p in optimised] == [id(built.model.prompt_learner.ctx)]
+    assert [id(p) for p in optimised] == [id(p) for p in built.model.prompt_learner.parameters()]
+    net = [f"meta_net.linear{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")]
     path = run.folder / "run" / "prompt_learner" / "model.pth.tar-2"
     checkpoint = torch.load(path, weights_only=True)
-    assert list(checkpoint["state_dict"]) == ["ctx"]
+    assert list(checkpoint["state_dict"]) == (["ctx", *net] if trainer == "CoCoOp" else ["ctx"])
     assert checkpoint["classnames"] == BASE and checkpoint["epoch"] == 2
     assert path.stat().st_size < 20_000
 

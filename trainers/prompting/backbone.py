@@ -146,10 +146,13 @@ class Backbone(nn.Module):
         return nn.functional.normalize(self.visual(image.to(self.dtype)), dim=-1)
 
     def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-        """cos(f(x), g(p_c)) / tau: features (…, E) and (C, E) of unit length -> (…, C), in float32 at least."""
+        """cos(f(x), g(p_c)) / tau: features (…, E) and (C, E) of unit length -> (…, C), in float32 at least.
+
+        With text features of each image's own, (B, C, E), the image features are (B, 1, E) and the result (B, 1, C).
+        """
         dtype = torch.promote_types(image_features.dtype, torch.float32)
         with torch.autocast(image_features.device.type, enabled=False):
-            return self.logit_scale.to(dtype).exp() * image_features.to(dtype) @ text_features.to(dtype).t()
+            return self.logit_scale.to(dtype).exp() * image_features.to(dtype) @ text_features.to(dtype).mT
 
 
 def load_clip(name: str, provider: str = "auto") -> Backbone:

@@ -271,6 +271,16 @@ class PromptLearner(nn.Module):
         return prompts, self.eot
 
 
+def meta_net(n_in: int, n_out: int, reduction: int = 16) -> nn.Sequential:
+    """CoCoOp's Meta-Net, Linear-ReLU-Linear with n_in / reduction hidden units and CoCoOp's names."""
+    n_hidden = max(1, n_in // reduction)
+    net = nn.Sequential()
+    net.add_module("linear1", nn.Linear(n_in, n_hidden))
+    net.add_module("relu", nn.ReLU(inplace=True))
+    net.add_module("linear2", nn.Linear(n_hidden, n_out))
+    return net
+
+
 class TwoStagePromptLearner(PromptLearner):
     """Class-specific contexts in two stages (section 3.1, "class-specific text prompts").
 
@@ -302,11 +312,7 @@ class TwoStagePromptLearner(PromptLearner):
         hand_made = encode_texts(backbone, [HAND_MADE.format(clean_name(name)) for name in classnames])
         self.register_buffer("hand_made", hand_made, persistent=False)  # (C, E)
         n_in = hand_made.shape[1]
-        self.meta_net = nn.Sequential()
-        n_hidden = max(1, n_in // reduction)
-        self.meta_net.add_module("linear1", nn.Linear(n_in, n_hidden))
-        self.meta_net.add_module("relu", nn.ReLU(inplace=True))
-        self.meta_net.add_module("linear2", nn.Linear(n_hidden, initial.numel()))
+        self.meta_net = meta_net(n_in, initial.numel(), reduction)
         nn.init.zeros_(self.meta_net.linear2.weight)
         with torch.no_grad():
             self.meta_net.linear2.bias.copy_(initial.flatten())
