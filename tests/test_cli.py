@@ -152,7 +152,8 @@ def test_eval_only_without_a_model(fails, tmp_path):
         assert "--model-dir" in fails(trainer=trainer, flags=["--eval-only"])
         line = fails(trainer=trainer, flags=["--eval-only", "--model-dir", tmp_path / "nothing"])
         assert str(tmp_path / "nothing") in line
-    assert "--eval-only" in fails(trainer="ZeroshotCLIP")  # nothing to train
+    for trainer in ("ZeroshotCLIP", "ZeroshotCLIP2"):
+        assert f"{trainer} has nothing to train: add --eval-only" in fails(trainer=trainer)
 
 
 def test_checkpoints_that_do_not_fit(fails, tmp_path, rn_file):

@@ -12,7 +12,8 @@ import train
 from trainers.prompting.trainer import CollapseWatch
 
 TRAINED = ["CoOp", "CoCoOp", "LoGoPrompt"]
-EVERY = ["ZeroshotCLIP", *TRAINED]
+ZERO_SHOT = ["ZeroshotCLIP", "ZeroshotCLIP2"]
+EVERY = [*ZERO_SHOT, *TRAINED]
 BASE = NAMES[:4]
 
 
@@ -94,10 +95,10 @@ def test_clip_is_untouched_by_training(run, trainer, rn_file):
 
 @pytest.mark.parametrize("trainer", EVERY)
 def test_same_seed_same_results(run, trainer):
-    flags = ["--eval-only"] if trainer == "ZeroshotCLIP" else []
+    flags = ["--eval-only"] if trainer in ZERO_SHOT else []
     first, second = run(trainer, out="a", flags=flags), run(trainer, out="b", flags=flags)
     assert first == second
-    if trainer != "ZeroshotCLIP":
+    if trainer not in ZERO_SHOT:
         states = [
             torch.load(run.folder / out / "prompt_learner" / "model.pth.tar-2", weights_only=True)["state_dict"]["ctx"]
             for out in "ab"
@@ -111,7 +112,7 @@ def test_same_seed_same_results(run, trainer):
 @pytest.mark.parametrize("trainer", EVERY)
 def test_predictions_do_not_depend_on_batches_order_or_workers(run, trainer):
     flags = ["--eval-only"]
-    if trainer != "ZeroshotCLIP":
+    if trainer not in ZERO_SHOT:
         run(trainer, out="model")
         flags += ["--model-dir", run.folder / "model"]
     outcomes = []

@@ -3,7 +3,8 @@
 #   arguments "USAGE" NAMES… -- WORDS…   words of the command line: NAMES are set in their order, then SEEDS and OPTS
 #   config DATASET CFG                   sets CFG, unless the environment has it; both files must exist
 #   run DIR DATASET SUBSET [FLAGS …] -- [KEY VALUE …]   one run of train.py: skipped when finished, resumed when not
-#   learn DIR DATASET SUBSET             the same with OPTS; for ZeroshotCLIP the test alone
+#   zero_shot                            whether TRAINER has nothing to train
+#   learn DIR DATASET SUBSET             the same with OPTS; zero-shot the test alone
 #   transfer KIND SOURCE TARGETS CFG     trains on SOURCE, tests there and on the TARGETS
 set -euo pipefail
 unset CDPATH
@@ -31,8 +32,9 @@ if [ -f "$BACKBONE" ] || [[ $BACKBONE == "~"/* ]]; then BACKBONE=$(absolute "$BA
 TRAINER=${TRAINER:-LoGoPrompt}
 SHOTS=${SHOTS:-16}
 ASKED_CFG=${CFG:-}
+zero_shot() { [[ $TRAINER == ZeroshotCLIP* ]]; }
 CFG_DIR=$TRAINER
-if [ "$TRAINER" = ZeroshotCLIP ]; then CFG_DIR=CoOp; fi # as in CoOp: it has no settings of its own
+if zero_shot; then CFG_DIR=CoOp; fi # as in CoOp: it has no settings of its own
 if [ -z "${PYTHON:-}" ]; then
     if [ -x "$ROOT/.venv/bin/python" ]; then PYTHON=$ROOT/.venv/bin/python; else PYTHON=python; fi
 fi
@@ -115,7 +117,7 @@ run() {
 }
 
 learn() {
-    if [ "$TRAINER" = ZeroshotCLIP ]; then
+    if zero_shot; then
         run "$1" "$2" "$3" --eval-only -- ${OPTS[@]+"${OPTS[@]}"}
     else
         run "$1" "$2" "$3" -- ${OPTS[@]+"${OPTS[@]}"}
