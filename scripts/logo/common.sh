@@ -34,7 +34,7 @@ SHOTS=${SHOTS:-16}
 ASKED_CFG=${CFG:-}
 zero_shot() { [[ $TRAINER == ZeroshotCLIP* ]]; }
 CFG_DIR=$TRAINER
-if zero_shot; then CFG_DIR=CoOp; fi # as in CoOp: it has no settings of its own
+if zero_shot || [ "$TRAINER" = LinearProbe ]; then CFG_DIR=CoOp; fi # as in CoOp: no settings of their own
 if [ -z "${PYTHON:-}" ]; then
     if [ -x "$ROOT/.venv/bin/python" ]; then PYTHON=$ROOT/.venv/bin/python; else PYTHON=python; fi
 fi

@@ -10,14 +10,16 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import dassl.optim.lr_scheduler as dassl_schedules
 import PIL
 import torch
 import torch.nn as nn
+from dassl.data.data_manager import build_data_loader
+from dassl.data.transforms import build_transform
 from dassl.engine import TrainerX
 from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
@@ -185,6 +187,31 @@ class PromptTrainer(TrainerX):
 
     def after_step(self) -> None:
         """Called after every step of the optimiser; nothing by default."""
+
+    def few_shot_loader(self) -> Iterable[dict[str, Any]]:
+        """The training images in their order, as they are at test time: without augmentation."""
+        tfm, batch_size = build_transform(self.cfg, is_train=False), self.cfg.DATALOADER.TEST.BATCH_SIZE
+        return build_data_loader(
+            self.cfg, data_source=self.dm.dataset.train_x, batch_size=batch_size, tfm=tfm, is_train=False
+        )
+
+    def features(
+        self, loader: Iterable[dict[str, Any]], encode: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, E) image features in float32, ``encode`` of (B, 3, H, H), and (N,) labels of all images of a loader."""
+        with self.autocast:
+            pairs = [(encode(batch["img"].to(self.device)), batch["label"].to(self.device)) for batch in loader]
+        features, labels = zip(*pairs)
+        return torch.cat(features).float(), torch.cat(labels)
+
+    def check_validation(self, setting: str, remedy: str) -> None:
+        """Refuse to choose anything on test images. Raises UserError where there are no validation images."""
+        dataset = self.dm.dataset
+        test = {item.impath for item in dataset.test}
+        if not dataset.val or any(item.impath in test for item in dataset.val):  # CoOp's ImageNet validates on test
+            raise UserError(
+                f"{setting}: {self.cfg.DATASET.NAME} has no validation images of its own to choose on; {remedy} instead"
+            )
 
     def train(self) -> None:
         if self.prompt_learner is None:
