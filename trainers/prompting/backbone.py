@@ -238,7 +238,7 @@ def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
             from safetensors.torch import load_file
 
             state_dict = load_file(path)
-        elif _is_jit_archive(path):
+        elif is_jit_archive(path):
             with warnings.catch_warnings():  # deprecated as a way to deploy; OpenAI's files stay what they are
                 warnings.simplefilter("ignore", FutureWarning)
                 state_dict = torch.jit.load(path, map_location="cpu").state_dict()
@@ -265,7 +265,8 @@ def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
     return state_dict
 
 
-def _is_jit_archive(path: str) -> bool:
+def is_jit_archive(path: str) -> bool:
+    """Whether a file is a TorchScript archive, as OpenAI's are."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -30,6 +31,7 @@ from yacs.config import CfgNode
 
 from .backbone import Backbone, load_clip
 from .errors import UserError
+from .inert import load_inert
 from .names import flat_config, matching_names, relative_path
 from .results import write_results, write_text
 
@@ -514,9 +516,17 @@ def find_checkpoint(directory: str, epoch: Optional[int] = None) -> str:
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
-    """A checkpoint, on the CPU, without executing anything in it. Raises UserError where it is none."""
+    """A checkpoint, on the CPU, without executing anything in it. Raises UserError where it is none.
+
+    Those of the original CoOp and CoCoOp hold a pickled schedule: of them the state dict and the epoch are read. They
+    do not say which classes they were trained on. A context that classes share serves any; class-specific contexts are
+    taken to be those of the classes at hand, in their order.
+    """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            checkpoint = load_inert(path)
         checkpoint["state_dict"], checkpoint["epoch"]  # noqa: B018 (a KeyError tells another kind of file)
     except Exception as error:  # noqa: BLE001 (zip, pickle and torch each have errors of their own)
         raise UserError(f"{path}: not a checkpoint that can be read ({type(error).__name__})") from error
