@@ -187,7 +187,7 @@ def test_the_search_looks_at_validation_images_only(run, monkeypatch, capsys):  
 
     seen = []
     original = LoGoPrompt.features
-    monkeypatch.setattr(LoGoPrompt, "features", lambda self, loader: seen.append(loader) or original(self, loader))
+    monkeypatch.setattr(LoGoPrompt, "features", lambda self, *args: seen.append(args[0]) or original(self, *args))
     trained = run(*ON, "TRAINER.LOGOPROMPT.ADAPTER_SEARCH", "True")
     paths = [[item.impath for item in loader.dataset.data_source] for loader in seen]
     assert paths == [[i.impath for i in items] for items in (trained.dm.dataset.train_x, trained.dm.dataset.val)]

@@ -113,6 +113,7 @@ def test_other_values_that_cannot_be(fails):
     assert "TRAINER.LOGOPROMPT.K 0" in fails("TRAINER.LOGOPROMPT.K", 0)
     assert "MIN_CONTRAST" in fails("TRAINER.LOGOPROMPT.MIN_CONTRAST", 30.0)
     assert "fp16, fp32, amp" in fails("TRAINER.LOGOPROMPT.PREC", "fp8")
+    assert "TRAINER.COCOOP.CHUNK 0" in fails("TRAINER.COCOOP.CHUNK", 0, trainer="CoCoOp")
     assert "N_CTX" in fails("TRAINER.LOGOPROMPT.N_CTX", 80, "TRAINER.LOGOPROMPT.CTX_INIT", "")
 
 
@@ -152,7 +153,8 @@ def test_eval_only_without_a_model(fails, tmp_path):
         assert "--model-dir" in fails(trainer=trainer, flags=["--eval-only"])
         line = fails(trainer=trainer, flags=["--eval-only", "--model-dir", tmp_path / "nothing"])
         assert str(tmp_path / "nothing") in line
-    assert "--eval-only" in fails(trainer="ZeroshotCLIP")  # nothing to train
+    for trainer in ("ZeroshotCLIP", "ZeroshotCLIP2"):
+        assert f"{trainer} has nothing to train: add --eval-only" in fails(trainer=trainer)
 
 
 def test_checkpoints_that_do_not_fit(fails, tmp_path, rn_file):

@@ -1,4 +1,4 @@
-"""The loops in scripts/logo: which runs they make of which words. ``echo`` in place of Python prints the runs."""
+"""The scripts: which runs they make of which words. ``echo`` in place of Python prints the runs."""
 
 import pytest
 from conftest import ROOT
@@ -7,10 +7,10 @@ from test_base2new import run as run_script
 SEEDS = ["1", "2", "3"]
 
 
-def runs(tmp_path, script, *words, **environment):
+def runs(tmp_path, script, *words, folder="logo", **environment):
     """What train.py would be called with: a list of {flag or key: value} per call."""
     done = run_script(
-        tmp_path, *words, script=ROOT / "scripts" / "logo" / f"{script}.sh",
+        tmp_path, *words, script=ROOT / "scripts" / folder / f"{script}.sh",
         **{"CFG": "", "SHOTS": "", "PYTHON": "echo", "OUTPUT": "out", **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -130,3 +130,94 @@ def test_runs_of_a_sweep_share_the_features_of_test_images(tmp_path):
     assert {call["TEST.FEATURES"] for call in runs(tmp_path, "base2new", "caltech101", "1", FEATURES="")} == {""}
     mine = runs(tmp_path, "base2new", "caltech101", "1", "TEST.FEATURES", "mine", FEATURES="x")
     assert {call["TEST.FEATURES"] for call in mine} == {"mine"}
+
+
+SETTING = {"TRAINER.COOP.N_CTX": "4", "TRAINER.COOP.CSC": "True", "TRAINER.COOP.CLASS_TOKEN_POSITION": "middle"}
+
+
+def test_coop_s_own_scripts(tmp_path):
+    """Words, config and folders are those of the original ones, with LoGoPrompt's variables around them."""
+    words = ("caltech101", "rn50_ep50", "middle", "4", "2", "True", "OPTIM.LR", "0.1")
+    found = runs(tmp_path, "main", *words, folder="coop", CFG="photo64_ep50_ctxv1", TRAINER="LoGoPrompt")
+    assert [call["--seed"] for call in found] == SEEDS
+    for call in found:
+        assert call.items() >= SETTING.items() and call["OPTIM.LR"] == "0.1"
+        assert (call["--trainer"], config(call), call["DATASET.NUM_SHOTS"]) == ("CoOp", "CoOp/rn50_ep50", "2")
+        assert call["DATASET.SUBSAMPLE_CLASSES"] == "all"
+        folder = f"out/caltech101/CoOp/rn50_ep50_2shots/nctx4_cscTrue_ctpmiddle/seed{call['--seed']}"
+        assert call["--output-dir"] == str(tmp_path / folder)
+
+    found = runs(tmp_path, "eval", "caltech101", "vit_b16_ep50", folder="coop")
+    assert [call["--seed"] for call in found] == SEEDS
+    for call in found:
+        folder = "CoOp/vit_b16_ep50_16shots/nctx16_cscFalse_ctpend"
+        assert call["--model-dir"] == str(tmp_path / f"out/imagenet/{folder}/seed{call['--seed']}")
+        assert call["--output-dir"] == str(tmp_path / f"out/evaluation/{folder}/caltech101/seed{call['--seed']}")
+        assert call["--eval-only"] and call["--load-epoch"] == "50" and call["TRAINER.COOP.N_CTX"] == "16"
+    (_, _, of_main) = runs(tmp_path, "main", "shapes", "tiny96_ep10_ctxv1", "end", "4", "8", "False", folder="coop")
+    (_, _, of_eval) = runs(
+        *(tmp_path, "eval", "shapes_shifted", "tiny96_ep10_ctxv1"),
+        **{"folder": "coop", "SOURCE": "shapes", "NCTX": "4", "SHOTS": "8", "LOADEP": ""},
+    )
+    assert of_eval["--model-dir"] == of_main["--output-dir"] and "--load-epoch" not in of_eval
+
+    for trainer in ("ZeroshotCLIP", "ZeroshotCLIP2"):
+        (call,) = runs(tmp_path, "zeroshot", "caltech101", "rn101", folder="coop", TRAINER=trainer)
+        assert (call["--trainer"], config(call), call["--eval-only"]) == (trainer, "CoOp/rn101", True)
+        assert call["--output-dir"] == str(tmp_path / f"out/{trainer}/rn101/caltech101")
+
+
+@pytest.mark.parametrize("trainer", ["CoCoOp", "CoOp"])
+def test_cocoop_s_own_scripts(tmp_path, trainer):
+    """They make the same base-to-new runs as scripts/logo does."""
+    own = {} if trainer == "CoCoOp" else {"TRAINER": trainer}
+    wanted = {"CoCoOp": "CoCoOp/vit_b16_c4_ep10_batch1_ctxv1", "CoOp": "CoOp/vit_b16_ctxv1"}[trainer]
+    pair = runs(tmp_path, "base2new", "caltech101", "2", TRAINER=trainer)
+    halves = [
+        call
+        for half in ("train", "test")
+        for call in runs(tmp_path, f"base2new_{half}", "caltech101", "2", folder="cocoop", **own)
+    ]
+    assert halves == pair and {config(call) for call in halves} == {wanted}
+    assert halves[0]["--output-dir"] == str(tmp_path / f"out/base2new/train_base/caltech101/shots_16/{wanted}/seed2")
+
+    places = {"folder": "cocoop", "SOURCE": "shapes", **own}
+    (trained,) = runs(tmp_path, "xd_train", "3", "OPTIM.LR", "0.1", **places)
+    (tested,) = runs(tmp_path, "xd_test", "caltech101", "3", "OPTIM.LR", "0.1", LOADEP="10", **places)
+    name = config(trained).split("/")[1]
+    assert trained["--output-dir"] == str(tmp_path / f"out/shapes/{trainer}/{name}_16shots/seed3")
+    assert tested["--output-dir"] == str(tmp_path / f"out/evaluation/{trainer}/{name}_16shots/caltech101/seed3")
+    assert tested["--model-dir"] == trained["--output-dir"] and tested["--load-epoch"] == "10"
+    assert "--eval-only" not in trained and tested["--eval-only"] and config(tested) == config(trained)
+    assert trained["OPTIM.LR"] == tested["OPTIM.LR"] == "0.1"
+    assert trained["DATASET.SUBSAMPLE_CLASSES"] == tested["DATASET.SUBSAMPLE_CLASSES"] == "all"
+
+
+@pytest.mark.parametrize(
+    "script, words",
+    [
+        ("coop/main", ["caltech101", "rn50", "end", "16", "1", "False"]),
+        ("coop/eval", ["caltech101", "rn50"]),
+        ("coop/zeroshot", ["caltech101", "rn50"]),
+        ("cocoop/base2new_train", ["caltech101", "1"]),
+        ("cocoop/base2new_test", ["caltech101", "1"]),
+        ("cocoop/xd_train", ["1"]),
+        ("cocoop/xd_test", ["caltech101", "1"]),
+    ],
+)
+def test_mistakes_in_coop_s_words_end_with_status_2(tmp_path, script, words):
+    environment = {"script": ROOT / "scripts" / f"{script}.sh", "PYTHON": "echo", "CFG": "", "OUTPUT": "out"}
+    environment |= {"SOURCE": "shapes"}
+    done = run_script(tmp_path, *words[:-1], **environment)
+    assert done.returncode == 2 and done.stderr.startswith("usage: bash ")
+    wrong = ["none", *words[1:]]  # no such data set, or no seed
+    done = run_script(tmp_path, *wrong, **environment)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_relatives_in_logoprompt_s_loops(tmp_path):
+    for trainer, folder in (("ZeroshotCLIP2", "CoOp"), ("LinearProbe", "CoOp"), ("CoCoOp", "CoCoOp")):
+        base, _ = runs(tmp_path, "base2new", "shapes", "1", TRAINER=trainer)
+        assert config(base).startswith(f"{folder}/tiny96_") and base["--trainer"] == trainer
+        assert ("--eval-only" in base) == (trainer == "ZeroshotCLIP2")

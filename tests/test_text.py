@@ -4,9 +4,12 @@ import pytest
 import torch
 from tiny import NAMES
 
+from trainers.prompting import text
 from trainers.prompting.backbone import import_provider, load_clip
 from trainers.prompting.errors import UserError
 from trainers.prompting.text import POSITIONS, PromptLearner, TextEncoder, embed_tokens, encode_texts, encode_tokens
+
+LENGTHS = ["cup", "2012 Tesla Model S", "cup", "the hard to see inside of a very long name", "face", "wind chime"]
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +123,97 @@ def test_what_stands_behind_the_end_of_text_has_no_influence_and_is_not_encoded(
     torch.testing.assert_close(TextEncoder(backbone)(longer, eot), TextEncoder(backbone)(prompts, eot))
     hook.remove()
     assert lengths == [int(eot.max()) + 1] * 2
+
+
+def plain_features(backbone, learner, ctx):
+    """g of every class with its own copy of the context, all padded to the longest, nothing shared."""
+    prompts, eot = learner.around(ctx.expand(learner.n_cls, -1, -1))
+    x = prompts + backbone.positional_embedding[: prompts.shape[1]]
+    for block in backbone.blocks:
+        x, _, _ = TextEncoder(backbone)._block(block, x)
+    x = backbone.ln_final(x[torch.arange(len(x)), eot]) @ backbone.text_projection
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("padding", [0, 10, text.WORTH_A_PASS])
+@pytest.mark.parametrize("n_ctx", [1, 4, 16])
+@pytest.mark.parametrize("names", [LENGTHS, ["cup"], ["cup"] * 3], ids=["lengths", "one", "same"])
+def test_a_shared_context_is_encoded_once_and_nothing_changes(backbone, monkeypatch, names, n_ctx, padding):
+    """Values and gradients, of one context for all classes and of three (CoCoOp's, one an image)."""
+    monkeypatch.setattr(text, "WORTH_A_PASS", padding)
+    torch.manual_seed(n_ctx)
+    learner, encode = PromptLearner(backbone, names, n_ctx), TextEncoder(backbone)
+    learner.ctx.data = torch.randn_like(learner.ctx) * 0.3
+    contexts = torch.randn(3, *learner.ctx.shape, dtype=torch.float64).requires_grad_()
+    weights = torch.randn(3, len(names), backbone.text_projection.shape[1], dtype=torch.float64)
+    names_alone, eot, prefix = learner.parts()
+    assert prefix.shape == (1 + n_ctx, learner.ctx.shape[1])
+
+    shared = encode(names_alone, eot, prefix)
+    (gradient,) = torch.autograd.grad((shared * weights[0]).sum(), learner.ctx)
+    plain = plain_features(backbone, learner, learner.ctx)
+    (expected,) = torch.autograd.grad((plain * weights[0]).sum(), learner.ctx)
+    torch.testing.assert_close(shared, plain, atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=1e-10)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(encode(*learner()), plain, atol=1e-12, rtol=1e-10)
+
+    shared = encode(names_alone, eot, learner.prefix(contexts))
+    (gradient,) = torch.autograd.grad((shared * weights).sum(), contexts)
+    plain = torch.stack([plain_features(backbone, learner, ctx) for ctx in contexts])
+    (expected,) = torch.autograd.grad((plain * weights).sum(), contexts)
+    torch.testing.assert_close(shared, plain, atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=1e-10)
+
+
+def test_a_shared_context_is_not_copied_for_every_class(backbone):
+    """Tokens encoded: the prefix once and the names. Nothing is kept for the gradient that has a prefix per class."""
+    n_ctx, tokens, kept = 60, [], []
+    learner = PromptLearner(backbone, LENGTHS, n_ctx)
+    hook = backbone.blocks[0].mlp.register_forward_hook(
+        lambda module, args, output: tokens.append(output[..., 0].numel())
+    )
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        TextEncoder(backbone)(*learner.parts())
+    hook.remove()
+    assert tokens[0] == 1 + n_ctx
+    assert sum(tokens[1:]) == len(LENGTHS) * learner.token_suffix.shape[1]
+    assert max(kept) < len(LENGTHS) * n_ctx * learner.ctx.shape[1]
+
+
+def test_a_shared_context_under_autocast(backbone):
+    learner, encode = PromptLearner(backbone.float(), LENGTHS, 4), TextEncoder(backbone)
+    try:
+        exact = encode(*learner.parts())
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = encode(*learner.parts())
+        assert rough.dtype == torch.bfloat16
+        torch.testing.assert_close(rough.float(), exact, atol=2e-2, rtol=0)
+    finally:
+        backbone.double()
+
+
+@pytest.mark.parametrize("position, csc", [("front", False), ("middle", False), ("end", True)])
+def test_what_classes_do_not_share_is_not_shared(backbone, position, csc):
+    learner = PromptLearner(backbone, LENGTHS, 4, csc=csc, class_token_position=position)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(learner.parts(), learner()))
+    assert len(learner.parts()) == 2
+
+
+def test_a_few_long_names_do_not_pad_all_others(backbone):
+    short, long = ["cup"] * 400, ["the hard to see inside of a very long name"]
+    tokens = []
+    hook = backbone.blocks[0].mlp.register_forward_hook(lambda module, args, output: tokens.append(output.shape[:-1]))
+    for learner in (PromptLearner(backbone, short + long, 4), PromptLearner(backbone, short + long, 4, csc=True)):
+        del tokens[:]
+        with torch.no_grad():
+            features = TextEncoder(backbone)(*learner())
+            alone = TextEncoder(backbone)(*(part[-1:] for part in learner()))
+        assert sum(map(torch.Size.numel, tokens[:-1])) <= int((learner.eot + 1).sum()) + text.WORTH_A_PASS
+        torch.testing.assert_close(features[-1:], alone, atol=1e-12, rtol=1e-10)
+    hook.remove()
+    assert text._alike([3, 3, 3]) == [[0, 1, 2]]
+    assert text._alike([3, 9, 3, 8]) == [[1, 3, 0, 2]]  # too few to be worth a pass of their own
 
 
 def test_context_starts_from_words(backbone):

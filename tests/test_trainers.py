@@ -11,8 +11,9 @@ from yacs.config import CfgNode
 import train
 from trainers.prompting.trainer import CollapseWatch
 
-TRAINED = ["CoOp", "LoGoPrompt"]
-EVERY = ["ZeroshotCLIP", *TRAINED]
+TRAINED = ["CoOp", "CoCoOp", "LoGoPrompt"]
+ZERO_SHOT = ["ZeroshotCLIP", "ZeroshotCLIP2"]
+EVERY = [*ZERO_SHOT, *TRAINED]
 BASE = NAMES[:4]
 
 
@@ -72,10 +73,11 @@ def test_only_the_prompt_learner_is_registered_trained_and_stored(run, trainer):
     built = run.trainer
     assert built.get_model_names() == ["prompt_learner"]
     optimised = [p for group in built.optim.param_groups for p in group["params"]]
-    assert [id(p) for p in optimised] == [id(built.model.prompt_learner.ctx)]
+    assert [id(p) for p in optimised] == [id(p) for p in built.model.prompt_learner.parameters()]
+    net = [f"meta_net.linear{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")]
     path = run.folder / "run" / "prompt_learner" / "model.pth.tar-2"
     checkpoint = torch.load(path, weights_only=True)
-    assert list(checkpoint["state_dict"]) == ["ctx"]
+    assert list(checkpoint["state_dict"]) == (["ctx", *net] if trainer == "CoCoOp" else ["ctx"])
     assert checkpoint["classnames"] == BASE and checkpoint["epoch"] == 2
     assert path.stat().st_size < 20_000
 
@@ -93,10 +95,10 @@ def test_clip_is_untouched_by_training(run, trainer, rn_file):
 
 @pytest.mark.parametrize("trainer", EVERY)
 def test_same_seed_same_results(run, trainer):
-    flags = ["--eval-only"] if trainer == "ZeroshotCLIP" else []
+    flags = ["--eval-only"] if trainer in ZERO_SHOT else []
     first, second = run(trainer, out="a", flags=flags), run(trainer, out="b", flags=flags)
     assert first == second
-    if trainer != "ZeroshotCLIP":
+    if trainer not in ZERO_SHOT:
         states = [
             torch.load(run.folder / out / "prompt_learner" / "model.pth.tar-2", weights_only=True)["state_dict"]["ctx"]
             for out in "ab"
@@ -110,7 +112,7 @@ def test_same_seed_same_results(run, trainer):
 @pytest.mark.parametrize("trainer", EVERY)
 def test_predictions_do_not_depend_on_batches_order_or_workers(run, trainer):
     flags = ["--eval-only"]
-    if trainer != "ZeroshotCLIP":
+    if trainer not in ZERO_SHOT:
         run(trainer, out="model")
         flags += ["--model-dir", run.folder / "model"]
     outcomes = []

@@ -113,11 +113,12 @@ def caltech_tree(root: Path, names=NAMES, train: int = 6, val: int = 2, test: in
 def arguments(trainer: str, root, backbone: str, output, *opts: str, flags=(), seed: int = 1) -> list[str]:
     """``train.py``'s arguments for a tiny run: 4 shots of the base classes, 2 epochs, no workers."""
     repository = Path(__file__).resolve().parents[1] / "configs"
-    folder = "CoOp" if trainer == "ZeroshotCLIP" else trainer
+    folder = "CoOp" if trainer in ("ZeroshotCLIP", "ZeroshotCLIP2", "LinearProbe") else trainer
+    name = {"CoCoOp": "photo64_c4_ep10_batch1_ctxv1"}.get(trainer, "photo64_ep50_ctxv1")
     return [
         *("--root", str(root), "--trainer", trainer, "--backbone", str(backbone), "--seed", str(seed)),
         *("--dataset-config-file", str(repository / "datasets" / "caltech101.yaml")),
-        *("--config-file", str(repository / "trainers" / folder / "photo64_ep50_ctxv1.yaml")),
+        *("--config-file", str(repository / "trainers" / folder / f"{name}.yaml")),
         *("--output-dir", str(output), *map(str, flags)),
         *("DATASET.NUM_SHOTS", "4", "DATASET.SUBSAMPLE_CLASSES", "base", "OPTIM.MAX_EPOCH", "2"),
         *("OPTIM.LR", "0.002"),

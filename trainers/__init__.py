@@ -2,9 +2,9 @@
 
 import fallback  # noqa: F401 (must come first: it makes `import dassl` work)
 
-from . import coop, logoprompt, zsclip
+from . import cocoop, coop, linear_probe, logoprompt, zsclip
 
-METHODS = (coop, logoprompt)  # those with config keys of their own
+METHODS = (coop, cocoop, linear_probe, logoprompt)  # those with config keys of their own
 
 
 def extend_cfg(cfg) -> None:
@@ -13,4 +13,4 @@ def extend_cfg(cfg) -> None:
         method.extend_cfg(cfg)
 
 
-__all__ = ["METHODS", "coop", "extend_cfg", "logoprompt", "zsclip"]
+__all__ = ["METHODS", "cocoop", "coop", "extend_cfg", "linear_probe", "logoprompt", "zsclip"]

@@ -42,7 +42,7 @@ class CustomCLIP(nn.Module):
 
     def text_features(self) -> torch.Tensor:
         """(C, E) text features of unit length."""
-        return self.text_encoder(*self.prompt_learner())
+        return self.text_encoder(*self.prompt_learner.parts())
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, H) images -> (B, C) cosines with the text features, divided by the temperature."""

@@ -7,14 +7,13 @@ C classes, frozen encoders f (image) and g (text), visual prompt V_c, class-cond
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Callable, Optional
 
 import torch
 import torch.nn as nn
-from dassl.data.data_manager import build_data_loader
 from dassl.data.transforms import build_transform
 from dassl.engine import TRAINER_REGISTRY
 from torch.utils.checkpoint import checkpoint
@@ -38,7 +37,7 @@ from .prompting.synthetic import (
     render_blocks,
 )
 from .prompting.text import PromptLearner, TextEncoder, TwoStagePromptLearner
-from .prompting.trainer import ImageDataset, PromptTrainer
+from .prompting.trainer import PromptTrainer
 from .prompting.trainer import extend_cfg as extend_shared_cfg
 
 TEXT_PROMPTS = ("two_stage", "generic")
@@ -151,7 +150,7 @@ class CustomCLIP(nn.Module):
 
     def text_features(self) -> torch.Tensor:
         """g(p_c): (C, E), of unit length."""
-        return self.text_encoder(*self.prompt_learner())
+        return self.text_encoder(*self.prompt_learner.parts())
 
     def log_p(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """log p(c|x), the softmax over all C classes of cos(f(x), g(p_c)) / tau: (…, E), (C, E) -> (…, C)."""
@@ -346,17 +345,12 @@ class LoGoPrompt(PromptTrainer):
 
     def build_network(self, clip_model: Backbone) -> nn.Module:
         network = super().build_network(clip_model)
-        method, dataset = self.cfg.TRAINER.LOGOPROMPT, self.dm.dataset
+        method = self.cfg.TRAINER.LOGOPROMPT
         self.bank = self.build_bank(network) if method.VIEWS else None
         if method.ADAPTER:
-            network.add_adapter(method, len(dataset.train_x))
+            network.add_adapter(method, len(self.dm.dataset.train_x))
         if method.ADAPTER_SEARCH:
-            test = {item.impath for item in dataset.test}
-            if not dataset.val or any(item.impath in test for item in dataset.val):  # CoOp's ImageNet validates on test
-                raise UserError(
-                    f"TRAINER.LOGOPROMPT.ADAPTER_SEARCH True: {self.cfg.DATASET.NAME} has no validation images of its "
-                    "own to choose on; set ADAPTER_ALPHA and ADAPTER_BETA instead"
-                )
+            self.check_validation("TRAINER.LOGOPROMPT.ADAPTER_SEARCH True", "set ADAPTER_ALPHA and ADAPTER_BETA")
         return network
 
     def build_data_loader(self) -> None:
@@ -447,26 +441,8 @@ class LoGoPrompt(PromptTrainer):
     @torch.no_grad()
     def fill_adapter(self) -> None:
         """The features of the training images, as they are at test time, become the keys of the cache."""
-        tfm, batch_size = build_transform(self.cfg, is_train=False), self.cfg.DATALOADER.TEST.BATCH_SIZE
-        loader = build_data_loader(
-            self.cfg,
-            data_source=self.dm.dataset.train_x,
-            batch_size=batch_size,
-            tfm=tfm,
-            is_train=False,
-            dataset_wrapper=ImageDataset,
-        )
-        self.model.prompt_learner.adapter.fill(*self.features(loader))
-
-    def features(self, loader: Iterable[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, E) image features and (N,) labels of all images of a loader."""
-        with self.autocast:
-            pairs = [
-                (self.model.backbone.encode_image(batch["img"].to(self.device)), batch["label"].to(self.device))
-                for batch in loader
-            ]
-        features, labels = zip(*pairs)
-        return torch.cat(features).float(), torch.cat(labels)
+        features = self.features(self.few_shot_loader(), self.model.backbone.encode_image)
+        self.model.prompt_learner.adapter.fill(*features)
 
     def after_epoch(self) -> None:
         if self.cfg.TRAINER.LOGOPROMPT.ADAPTER_SEARCH and self.epoch + 1 == self.max_epoch and self.model.adapter:
@@ -476,7 +452,7 @@ class LoGoPrompt(PromptTrainer):
     @torch.no_grad()
     def search_scalars(self) -> None:
         """Choose the cache's alpha and beta on the validation images, never on test images."""
-        features, label = self.features(self.val_loader)
+        features, label = self.features(self.val_loader, self.model.backbone.encode_image)
         with self.autocast:
             logits = self.model.backbone.logits(features, self.text_features())
         accuracy, adapter = self.model.adapter.choose(features, logits, label), self.model.adapter

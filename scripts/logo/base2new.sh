@@ -4,7 +4,7 @@
 #   bash scripts/logo/base2new.sh DATASET [SEED] [KEY VALUE …]      without a seed: 1, 2 and 3
 #
 # From the environment: DATA (folder of the data sets, default ./data of the repository), OUTPUT (default ./output),
-# BACKBONE (name or path of CLIP weights, default: the config's), TRAINER (LoGoPrompt, CoOp or ZeroshotCLIP),
+# BACKBONE (name or path of CLIP weights, default: the config's), TRAINER (LoGoPrompt, CoOp, ZeroshotCLIP, …),
 # CFG (file name in configs/trainers/<TRAINER>/ without .yaml), SHOTS (16), PYTHON. Relative paths count from where you
 # are. A finished run (results.json is there) is skipped, an unfinished one is resumed.
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
@@ -14,7 +14,7 @@ arguments "bash ${BASH_SOURCE[0]} DATASET [SEED] [KEY VALUE ...]" DATASET SEED -
 if [ "$DATASET" = imagenet ]; then config imagenet vit_b16_ep50_ctxv1; else config "$DATASET" vit_b16_ctxv1; fi
 
 FIRST=train_base
-if [ "$TRAINER" = ZeroshotCLIP ]; then FIRST=test_base; fi
+if zero_shot; then FIRST=test_base; fi
 for SEED in $SEEDS; do
     COMMON=$DATASET/shots_$SHOTS/$TRAINER/$CFG/seed$SEED
     BASE_DIR=$OUTPUT/base2new/$FIRST/$COMMON

@@ -1,9 +1,12 @@
 # What the scripts of this folder share; they source it. Reads the environment (see the README), goes to the
 # repository's root and offers
+#   fail MESSAGE; usage "USAGE"          end with status 2
+#   number WHAT VALUE; need FILE         fail unless it is a number from 1 on; unless it is there
 #   arguments "USAGE" NAMES… -- WORDS…   words of the command line: NAMES are set in their order, then SEEDS and OPTS
 #   config DATASET CFG                   sets CFG, unless the environment has it; both files must exist
 #   run DIR DATASET SUBSET [FLAGS …] -- [KEY VALUE …]   one run of train.py: skipped when finished, resumed when not
-#   learn DIR DATASET SUBSET             the same with OPTS; for ZeroshotCLIP the test alone
+#   zero_shot                            whether TRAINER has nothing to train
+#   learn DIR DATASET SUBSET             the same with OPTS; zero-shot the test alone
 #   transfer KIND SOURCE TARGETS CFG     trains on SOURCE, tests there and on the TARGETS
 set -euo pipefail
 unset CDPATH
@@ -13,6 +16,11 @@ ROOT=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.." && pwd)
 
 fail() {
     echo "error: $1" >&2
+    exit 2
+}
+
+usage() {
+    echo "usage: $1" >&2
     exit 2
 }
 
@@ -33,8 +41,9 @@ if [ -f "$BACKBONE" ] || [[ $BACKBONE == "~"/* ]]; then BACKBONE=$(absolute "$BA
 TRAINER=${TRAINER:-LoGoPrompt}
 SHOTS=${SHOTS:-16}
 ASKED_CFG=${CFG:-}
+zero_shot() { [[ $TRAINER == ZeroshotCLIP* ]]; }
 CFG_DIR=$TRAINER
-if [ "$TRAINER" = ZeroshotCLIP ]; then CFG_DIR=CoOp; fi # as in CoOp: it has no settings of its own
+if zero_shot || [ "$TRAINER" = LinearProbe ]; then CFG_DIR=CoOp; fi # as in CoOp: no settings of their own
 if [ -z "${PYTHON:-}" ]; then
     if [ -x "$ROOT/.venv/bin/python" ]; then PYTHON=$ROOT/.venv/bin/python; else PYTHON=python; fi
 fi
@@ -55,10 +64,7 @@ arguments() {
     SEEDS="1 2 3"
     for name in "${names[@]}"; do
         if [ "$name" = DATASET ]; then
-            if [ $# -eq 0 ] || [[ $1 == *.* ]]; then
-                echo "usage: $usage" >&2
-                exit 2
-            fi
+            if [ $# -eq 0 ] || [[ $1 == *.* ]]; then usage "$usage"; fi
             printf -v "$name" %s "$1"
         elif [ $# -eq 0 ] || [[ $1 == *.* ]]; then
             break
@@ -72,9 +78,15 @@ arguments() {
 }
 
 config() {
-    CFG=${ASKED_CFG:-$2}
+    CFG=$2
     # the embedded world, with the embedded CLIP
-    if [ -z "$ASKED_CFG" ] && [[ $1 == shapes* ]]; then CFG=tiny96_ep10_ctxv1; fi
+    if [[ $1 == shapes* ]]; then CFG=tiny96_ep10_ctxv1; fi
+    # CoCoOp's names say M and the batch size, and all its runs have 10 epochs
+    case $TRAINER/$CFG in
+        CoCoOp/vit_b16*) CFG=vit_b16_c4_ep10_batch1_ctxv1 ;;
+        CoCoOp/tiny96*) CFG=tiny96_c4_ep10_batch1_ctxv1 ;;
+    esac
+    CFG=${ASKED_CFG:-$CFG}
     need "configs/datasets/$1.yaml"
     need "configs/trainers/$CFG_DIR/$CFG.yaml"
 }
@@ -118,7 +130,7 @@ run() {
 }
 
 learn() {
-    if [ "$TRAINER" = ZeroshotCLIP ]; then
+    if zero_shot; then
         run "$1" "$2" "$3" --eval-only -- ${OPTS[@]+"${OPTS[@]}"}
     else
         run "$1" "$2" "$3" -- ${OPTS[@]+"${OPTS[@]}"}

@@ -147,10 +147,13 @@ class Backbone(nn.Module):
         return nn.functional.normalize(self.visual(image.to(self.dtype)), dim=-1)
 
     def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-        """cos(f(x), g(p_c)) / tau: features (…, E) and (C, E) of unit length -> (…, C), in float32 at least."""
+        """cos(f(x), g(p_c)) / tau: features (…, E) and (C, E) of unit length -> (…, C), in float32 at least.
+
+        With text features of each image's own, (B, C, E), the image features are (B, 1, E) and the result (B, 1, C).
+        """
         dtype = torch.promote_types(image_features.dtype, torch.float32)
         with torch.autocast(image_features.device.type, enabled=False):
-            return self.logit_scale.to(dtype).exp() * image_features.to(dtype) @ text_features.to(dtype).t()
+            return self.logit_scale.to(dtype).exp() * image_features.to(dtype) @ text_features.to(dtype).mT
 
 
 def load_clip(name: str, provider: str = "auto") -> Backbone:
@@ -237,7 +240,7 @@ def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
             from safetensors.torch import load_file
 
             state_dict = load_file(path)
-        elif _is_jit_archive(path):
+        elif is_jit_archive(path):
             with warnings.catch_warnings():  # deprecated as a way to deploy; OpenAI's files stay what they are
                 warnings.simplefilter("ignore", FutureWarning)
                 state_dict = torch.jit.load(path, map_location="cpu").state_dict()
@@ -264,7 +267,8 @@ def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
     return state_dict
 
 
-def _is_jit_archive(path: str) -> bool:
+def is_jit_archive(path: str) -> bool:
+    """Whether a file is a TorchScript archive, as OpenAI's are."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

@@ -1,7 +1,8 @@
 """Prompts and text features: p_c = [u_1 … u_M, e_c], g(p_c).
 
-CLIP's text encoder is causal and its feature is read at the end-of-text token, so nothing behind that token can matter:
-prompts are cut to the longest one of the list instead of being padded to 77 tokens. Exact, gradients too.
+CLIP's text encoder is causal and its feature is read at the end-of-text token. So nothing behind that token can matter:
+prompts are cut there instead of being padded to 77 tokens. And what all prompts begin with, [SOS] and a context that
+classes share, is the same for all of them in every layer: it is encoded once. Both exact, gradients too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .names import clean_name
 
 POSITIONS = ("end", "middle", "front")
 HAND_MADE = "a photo of a {}."  # the prompt that class-specific contexts are generated from
+WORTH_A_PASS = 256  # tokens of padding from which on prompts of different lengths are encoded one after the other
 
 
 def encode_tokens(backbone: Backbone, texts: Sequence[str], reserved: int = 0) -> list[list[int]]:
@@ -63,34 +65,110 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.backbone = backbone
 
-    def forward(self, prompts: torch.Tensor, eot: torch.Tensor) -> torch.Tensor:
+    def forward(self, prompts: torch.Tensor, eot: torch.Tensor, prefix: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Encode prompts up to their end-of-text tokens.
 
         Args:
             prompts: (C, L, D) embeddings beginning with [SOS], L at most the context length; what stands behind a
-                prompt's [EOT] has no influence.
-            eot: (C,) position of [EOT] in each prompt.
+                prompt's [EOT] has no influence. With a prefix: what follows it.
+            eot: (C,) position of [EOT] in each of ``prompts``.
+            prefix: (P, D) or (B, P, D) embeddings beginning with [SOS] that every prompt begins with; B of them make B
+                prompts of every class (CoCoOp: one prefix an image). Each is encoded once, whatever C is.
 
         Returns:
-            (C, E) text features of unit length.
+            (C, E) text features of unit length, (B, C, E) for B prefixes.
         """
         clip = self.backbone
-        prompts = prompts[:, : int(eot.max()) + 1]
-        x = prompts + clip.positional_embedding[: prompts.shape[1]].to(prompts.dtype)
-        for block in clip.blocks:
-            x = self._block(block, x)
-        x = clip.ln_final(x[torch.arange(len(x), device=x.device), eot])
-        return F.normalize(x.to(clip.dtype) @ clip.text_projection, dim=-1)
+        start, before = 0, [None] * len(clip.blocks)
+        if prefix is not None:
+            start = prefix.shape[-2]
+            before = self._keys_and_values(prefix if prefix.dim() == 3 else prefix.unsqueeze(0))
+        last = eot.tolist()
+        passes, features = _alike(last), []
+        for members in passes:
+            length = last[members[0]] + 1  # the longest one's
+            x = prompts[members, :length] + clip.positional_embedding[start : start + length].to(prompts.dtype)
+            if prefix is not None:
+                x = x.expand(len(before[0][0]), -1, -1, -1)
+            for block, earlier in zip(clip.blocks, before):
+                x, _, _ = self._block(block, x, earlier)
+            x = clip.ln_final(x[..., torch.arange(len(members), device=x.device), eot[members], :])
+            features.append(F.normalize(x.to(clip.dtype) @ clip.text_projection, dim=-1))
+        order = torch.tensor([i for members in passes for i in members], device=eot.device).argsort()
+        found = torch.cat(features, dim=-2).index_select(-2, order)
+        return found.squeeze(0) if prefix is not None and prefix.dim() == 2 else found
 
-    def _block(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """One residual attention block under the causal mask, with the weights of either package's block."""
-        n, length, width = x.shape
+    def _keys_and_values(self, prefix: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(B, P, D) embeddings -> for every layer the keys and values, (B, heads, P, d) each."""
+        clip, found = self.backbone, []
+        x = prefix + clip.positional_embedding[: prefix.shape[-2]].to(prefix.dtype)
+        for block in clip.blocks:
+            x, k, v = self._block(block, x)
+            found.append((k, v))
+        return found
+
+    def _block(
+        self, block: nn.Module, x: torch.Tensor, before: Optional[tuple[torch.Tensor, torch.Tensor]] = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One residual attention block under the causal mask, with the weights of either package's block.
+
+        Args:
+            x: (C, L, D), or (B, C, L, D) where ``before`` holds keys and values of B prefixes, (B, heads, P, d) each.
+
+        Returns:
+            ``x`` after the block, and this layer's keys and values, (…, heads, L, d) or (B, heads, C, L, d).
+        """
         heads = self.backbone.n_head
         qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
-        q, k, v = qkv.view(n, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n, length, width)
-        x = x + _scaled(block, "ls_1", block.attn.out_proj(attended))
-        return x + _scaled(block, "ls_2", block.mlp(block.ln_2(x)))
+        q, k, v = (t.unflatten(-1, (heads, -1)).movedim(-2, 1) for t in qkv.chunk(3, dim=-1))  # heads behind the first
+        if before is None:
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            attended = _attend(q, k, v, *before)
+        x = x + _scaled(block, "ls_1", block.attn.out_proj(attended.movedim(1, -2).flatten(-2)))
+        return x + _scaled(block, "ls_2", block.mlp(block.ln_2(x))), k, v
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_before: torch.Tensor, v_before: torch.Tensor
+) -> torch.Tensor:
+    """Causal attention to a shared prefix and to what follows it, under one softmax.
+
+    The prefix's keys and values meet the queries of all classes in one matrix product; they are not repeated.
+
+    Args:
+        q, k, v: (B, heads, C, S, d) of what follows the prefix.
+        k_before, v_before: (B, heads, P, d) of the prefix.
+
+    Returns:
+        (B, heads, C, S, d).
+    """
+    n, length, p = q.shape[2], q.shape[3], k_before.shape[2]
+    q = (q * q.shape[-1] ** -0.5).contiguous()
+    to_prefix = (q.flatten(2, 3) @ k_before.transpose(-1, -2)).unflatten(2, (n, length))  # (B, heads, C, S, P)
+    later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    to_own = (q @ k.transpose(-1, -2)).masked_fill(later, -torch.inf)  # (B, heads, C, S, S)
+    scores = torch.cat([to_prefix, to_own], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
+    of_prefix = (weights[..., :p].flatten(2, 3) @ v_before).unflatten(2, (n, length))
+    return of_prefix + weights[..., p:] @ v
+
+
+def _alike(lengths: list[int]) -> list[list[int]]:
+    """Numbers of the prompts to encode together, the longest first: a few long names must not pad all others.
+
+    A pass over the layers has its price too, so up to ``WORTH_A_PASS`` tokens of padding are put up with in each.
+    """
+    passes: list[list[int]] = []
+    padding = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        shorter = lengths[passes[-1][0]] - lengths[i] if passes else 0
+        if not passes or (shorter and padding + shorter > WORTH_A_PASS):
+            passes.append([])
+            padding = shorter = 0
+        passes[-1].append(i)
+        padding += shorter
+    return passes
 
 
 def _scaled(block: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -169,12 +247,38 @@ class PromptLearner(nn.Module):
         """Returns (C, L, D) prompts for :class:`TextEncoder` and the (C,) positions of their [EOT]."""
         return self.around(self.ctx.expand(self.n_cls, -1, -1))  # a generic context is the same for every class
 
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """What :class:`TextEncoder` takes to encode all classes at the least cost.
+
+        Returns:
+            Where all classes share what stands before their names: (C, S, D) names with full stop and [EOT], (C,)
+            positions of [EOT] in them, (1 + M, D) prefix. Else what :meth:`forward` returns.
+        """
+        if self.ctx.dim() == 3 or self.order is not None:
+            return self()
+        return self.token_suffix, self.eot - 1 - self.n_ctx, self.prefix(self.ctx)
+
+    def prefix(self, ctx: torch.Tensor) -> torch.Tensor:
+        """Contexts (…, M, D) -> [SOS, u_1 … u_M], (…, 1 + M, D)."""
+        sos = self.token_prefix[0].expand(*ctx.shape[:-2], -1, -1)
+        return torch.cat([sos, ctx.to(sos.dtype)], dim=-2)
+
     def around(self, ctx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put [SOS], names and [EOT] around contexts (C, M, D); returns what :meth:`forward` does."""
         prompts = torch.cat([self.token_prefix, ctx.to(self.token_prefix.dtype), self.token_suffix], dim=1)
         if self.order is not None:
             prompts = prompts.gather(1, self.order.unsqueeze(-1).expand_as(prompts))
         return prompts, self.eot
+
+
+def meta_net(n_in: int, n_out: int, reduction: int = 16) -> nn.Sequential:
+    """CoCoOp's Meta-Net, Linear-ReLU-Linear with n_in / reduction hidden units and CoCoOp's names."""
+    n_hidden = max(1, n_in // reduction)
+    net = nn.Sequential()
+    net.add_module("linear1", nn.Linear(n_in, n_hidden))
+    net.add_module("relu", nn.ReLU(inplace=True))
+    net.add_module("linear2", nn.Linear(n_hidden, n_out))
+    return net
 
 
 class TwoStagePromptLearner(PromptLearner):
@@ -208,11 +312,7 @@ class TwoStagePromptLearner(PromptLearner):
         hand_made = encode_texts(backbone, [HAND_MADE.format(clean_name(name)) for name in classnames])
         self.register_buffer("hand_made", hand_made, persistent=False)  # (C, E)
         n_in = hand_made.shape[1]
-        self.meta_net = nn.Sequential()
-        n_hidden = max(1, n_in // reduction)
-        self.meta_net.add_module("linear1", nn.Linear(n_in, n_hidden))
-        self.meta_net.add_module("relu", nn.ReLU(inplace=True))
-        self.meta_net.add_module("linear2", nn.Linear(n_hidden, initial.numel()))
+        self.meta_net = meta_net(n_in, initial.numel(), reduction)
         nn.init.zeros_(self.meta_net.linear2.weight)
         with torch.no_grad():
             self.meta_net.linear2.bias.copy_(initial.flatten())

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 import os
+import pickle
 import sqlite3
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import dassl.optim.lr_scheduler as dassl_schedules
 import PIL
@@ -21,6 +22,7 @@ import torch
 import torch.nn as nn
 from dassl.data import DataManager, DatasetWrapper
 from dassl.data.data_manager import build_data_loader
+from dassl.data.transforms import build_transform
 from dassl.data.transforms.transforms import AVAI_CHOICES, INTERPOLATION_MODES
 from dassl.engine import TrainerX
 from dassl.metrics import compute_accuracy
@@ -34,6 +36,7 @@ from .backbone import Backbone, load_clip
 from .errors import UserError
 from .features import FeatureStore, ImageBatch, NotAStore, encoder_key, image_key
 from .images import read_image
+from .inert import load_inert
 from .names import flat_config, matching_names, relative_path
 from .results import write_results, write_text
 
@@ -224,6 +227,28 @@ class PromptTrainer(TrainerX):
 
     def after_step(self) -> None:
         """Called after every step of the optimiser; nothing by default."""
+
+    def few_shot_loader(self) -> Iterable[dict[str, Any]]:
+        """The training images in their order, as they are at test time: without augmentation."""
+        return self.loader_of(self.dm.dataset.train_x, build_transform(self.cfg, is_train=False))
+
+    def features(
+        self, loader: Iterable[dict[str, Any]], encode: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, E) image features in float32, ``encode`` of (B, 3, H, H), and (N,) labels of all images of a loader."""
+        with self.autocast:
+            pairs = [(encode(batch["img"].to(self.device)), batch["label"].to(self.device)) for batch in loader]
+        features, labels = zip(*pairs)
+        return torch.cat(features).float(), torch.cat(labels)
+
+    def check_validation(self, setting: str, remedy: str) -> None:
+        """Refuse to choose anything on test images. Raises UserError where there are no validation images."""
+        dataset = self.dm.dataset
+        test = {item.impath for item in dataset.test}
+        if not dataset.val or any(item.impath in test for item in dataset.val):  # CoOp's ImageNet validates on test
+            raise UserError(
+                f"{setting}: {self.cfg.DATASET.NAME} has no validation images of its own to choose on; {remedy} instead"
+            )
 
     def train(self) -> None:
         if self.prompt_learner is None:
@@ -431,7 +456,7 @@ class PromptTrainer(TrainerX):
                     left += [item for item, complete in zip(chunk, known.complete) if not complete]
                 print(f"Features of {len(items) - len(left)} of {len(items)} images were kept in {store.path}")
                 if left:
-                    yield from self._scored_pixels(self._loader_of(left, loader), store)
+                    yield from self._scored_pixels(self.loader_of(left, loader.dataset.transform), store)
         else:
             yield from self._scored_pixels(loader, None)
 
@@ -450,13 +475,13 @@ class PromptTrainer(TrainerX):
         keys = [image_key(item.impath, path) for item, path in zip(items, paths)]
         return ImageBatch(self.backbone, paths, None, store, keys, self.model)
 
-    def _loader_of(self, items: Sequence[Any], loader: Any) -> Any:
-        """A loader like another one, of other images."""
+    def loader_of(self, items: Sequence[Any], tfm: Any) -> Any:
+        """Images in their order, as they are at test time."""
         return build_data_loader(
             self.cfg,
             data_source=items,
             batch_size=self.cfg.DATALOADER.TEST.BATCH_SIZE,
-            tfm=loader.dataset.transform,
+            tfm=tfm,
             is_train=False,
             dataset_wrapper=ImageDataset,
         )
@@ -610,9 +635,17 @@ def find_checkpoint(directory: str, epoch: Optional[int] = None) -> str:
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
-    """A checkpoint, on the CPU, without executing anything in it. Raises UserError where it is none."""
+    """A checkpoint, on the CPU, without executing anything in it. Raises UserError where it is none.
+
+    Those of the original CoOp and CoCoOp hold a pickled schedule: of them the state dict and the epoch are read. They
+    do not say which classes they were trained on. A context that classes share serves any; class-specific contexts are
+    taken to be those of the classes at hand, in their order.
+    """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            checkpoint = load_inert(path)
         checkpoint["state_dict"], checkpoint["epoch"]  # noqa: B018 (a KeyError tells another kind of file)
     except Exception as error:  # noqa: BLE001 (zip, pickle and torch each have errors of their own)
         raise UserError(f"{path}: not a checkpoint that can be read ({type(error).__name__})") from error

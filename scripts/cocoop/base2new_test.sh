@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# CoCoOp's base-to-new, second half: tests on the new classes what base2new_train.sh trained.
+#
+#   bash scripts/cocoop/base2new_test.sh DATASET SEED [KEY VALUE …]
+#
+# Environment as for base2new_train.sh, and SUB (new; base or all), LOADEP (epoch; the newest).
+TRAINER=${TRAINER:-CoCoOp}
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"
+
+if [ $# -lt 2 ]; then usage "bash ${BASH_SOURCE[0]} DATASET SEED [KEY VALUE ...]"; fi
+DATASET=$1 SEED=$2
+shift 2
+number SEED "$SEED"
+OPTS=("$@")
+if [ "$DATASET" = imagenet ]; then config imagenet vit_b16_ep50_ctxv1; else config "$DATASET" vit_b16_ctxv1; fi
+SUB=${SUB:-new} COMMON=$DATASET/shots_$SHOTS/$TRAINER/$CFG/seed$SEED
+run "$OUTPUT/base2new/test_$SUB/$COMMON" "$DATASET" "$SUB" \
+    --eval-only --model-dir "$OUTPUT/base2new/train_base/$COMMON" ${LOADEP:+--load-epoch "$LOADEP"} -- \
+    ${OPTS[@]+"${OPTS[@]}"}

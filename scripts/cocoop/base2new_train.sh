@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# CoCoOp's base-to-new, first half: trains on the base classes. scripts/logo/base2new.sh makes the same runs, and reports.
+#
+#   bash scripts/cocoop/base2new_train.sh DATASET SEED [KEY VALUE …]
+#
+# Environment as for scripts/logo/base2new.sh, with TRAINER CoCoOp (or CoOp) unless it says otherwise.
+TRAINER=${TRAINER:-CoCoOp}
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"
+
+if [ $# -lt 2 ]; then usage "bash ${BASH_SOURCE[0]} DATASET SEED [KEY VALUE ...]"; fi
+DATASET=$1 SEED=$2
+shift 2
+number SEED "$SEED"
+OPTS=("$@")
+if [ "$DATASET" = imagenet ]; then config imagenet vit_b16_ep50_ctxv1; else config "$DATASET" vit_b16_ctxv1; fi
+learn "$OUTPUT/base2new/train_base/$DATASET/shots_$SHOTS/$TRAINER/$CFG/seed$SEED" "$DATASET" base

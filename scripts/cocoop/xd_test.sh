@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# CoCoOp's cross-data-set transfer, second half: tests on another data set what xd_train.sh trained.
+#
+#   bash scripts/cocoop/xd_test.sh DATASET SEED [KEY VALUE …]
+#
+# Environment as for xd_train.sh, and LOADEP (epoch; the newest).
+TRAINER=${TRAINER:-CoCoOp}
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"
+
+if [ $# -lt 2 ]; then usage "bash ${BASH_SOURCE[0]} DATASET SEED [KEY VALUE ...]"; fi
+DATASET=$1 SEED=$2
+shift 2
+number SEED "$SEED"
+OPTS=("$@")
+SOURCE=${SOURCE:-imagenet}
+config "$SOURCE" vit_b16_ep50_ctxv1
+need "configs/datasets/$DATASET.yaml"
+SETTING=$TRAINER/${CFG}_${SHOTS}shots
+run "$OUTPUT/evaluation/$SETTING/$DATASET/seed$SEED" "$DATASET" all \
+    --eval-only --model-dir "$OUTPUT/$SOURCE/$SETTING/seed$SEED" ${LOADEP:+--load-epoch "$LOADEP"} -- \
+    ${OPTS[@]+"${OPTS[@]}"}

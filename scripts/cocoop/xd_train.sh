@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# CoCoOp's cross-data-set transfer, first half: trains on all classes of ImageNet.
+#
+#   bash scripts/cocoop/xd_train.sh SEED [KEY VALUE …]
+#
+# Environment as for base2new_train.sh, and SOURCE (imagenet).
+TRAINER=${TRAINER:-CoCoOp}
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"
+
+if [ $# -lt 1 ]; then usage "bash ${BASH_SOURCE[0]} SEED [KEY VALUE ...]"; fi
+SEED=$1
+shift
+number SEED "$SEED"
+OPTS=("$@")
+SOURCE=${SOURCE:-imagenet}
+config "$SOURCE" vit_b16_ep50_ctxv1
+learn "$OUTPUT/$SOURCE/$TRAINER/${CFG}_${SHOTS}shots/seed$SEED" "$SOURCE" all

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Tests what scripts/coop/main.sh trained on ImageNet (16 shots, M = 16, end, generic; seeds 1, 2, 3) on a data set.
+#
+#   bash scripts/coop/eval.sh DATASET CFG [KEY VALUE …]
+#
+# Environment as for main.sh, and SOURCE (imagenet), SHOTS (16), NCTX (16), CSC (False), CTP (end), LOADEP (epoch, 50; set
+# but empty: the newest).
+TRAINER=CoOp CFG=${2:-}
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"
+
+if [ $# -lt 2 ]; then usage "bash ${BASH_SOURCE[0]} DATASET CFG [KEY VALUE ...]"; fi
+DATASET=$1 SOURCE=${SOURCE:-imagenet} NCTX=${NCTX:-16} CSC=${CSC:-False} CTP=${CTP:-end} LOADEP=${LOADEP-50}
+shift 2
+config "$DATASET" "$CFG"
+SETTING=${CFG}_${SHOTS}shots/nctx${NCTX}_csc${CSC}_ctp${CTP}
+for SEED in 1 2 3; do
+    run "$OUTPUT/evaluation/$TRAINER/$SETTING/$DATASET/seed$SEED" "$DATASET" all \
+        --eval-only --model-dir "$OUTPUT/$SOURCE/$TRAINER/$SETTING/seed$SEED" ${LOADEP:+--load-epoch "$LOADEP"} -- \
+        TRAINER.COOP.N_CTX "$NCTX" TRAINER.COOP.CSC "$CSC" TRAINER.COOP.CLASS_TOKEN_POSITION "$CTP" "$@"
+done

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Zero-shot CLIP on a data set.
+#
+#   bash scripts/coop/zeroshot.sh DATASET CFG [KEY VALUE …]      CFG: rn50, rn101, vit_b32 or vit_b16
+#
+# Environment as for main.sh, and TRAINER (ZeroshotCLIP, or ZeroshotCLIP2 for the ensemble of prompts).
+TRAINER=${TRAINER:-ZeroshotCLIP} CFG=${2:-}
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"
+
+if [ $# -lt 2 ]; then usage "bash ${BASH_SOURCE[0]} DATASET CFG [KEY VALUE ...]"; fi
+if ! zero_shot; then fail "TRAINER $TRAINER: ZeroshotCLIP or ZeroshotCLIP2 is needed"; fi
+DATASET=$1 SEED=1
+shift 2
+config "$DATASET" "$CFG"
+run "$OUTPUT/$TRAINER/$CFG/$DATASET" "$DATASET" all --eval-only -- "$@"
