@@ -61,7 +61,7 @@ def build_method():
 
     from trainers import logoprompt
 
-    cfg = CN({"TRAINER": CN(), "TEST": CN()})
+    cfg = CN({"TRAINER": CN(), "TRAIN": CN(), "TEST": CN()})
     logoprompt.extend_cfg(cfg)
     return cfg.TRAINER.LOGOPROMPT
 

@@ -22,7 +22,7 @@ def images():
 def build(clip_file):
     def call(chunk=8, n_ctx=4):
         torch.manual_seed(1)
-        cfg = CN({"TRAINER": CN()})
+        cfg = CN({"TRAINER": CN(), "TRAIN": CN(), "TEST": CN()})
         cocoop.extend_cfg(cfg)
         cfg.TRAINER.COCOOP.merge_from_list(["N_CTX", n_ctx, "CHUNK", chunk])
         model = cocoop.CustomCLIP(cfg, CLASSES, load_clip(clip_file)).double()

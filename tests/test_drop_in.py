@@ -104,7 +104,7 @@ def test_the_copy_works_without_the_rest_of_this_repository(checkout):
     drop_in.main([str(checkout)])
     code = (
         "import train, yacs.config, trainers.logoprompt as ours\n"
-        "cfg = yacs.config.CfgNode({'TRAINER': {}})\n"
+        "cfg = yacs.config.CfgNode({'TRAINER': {}, 'TRAIN': {}, 'TEST': {}})\n"
         "train.extend_cfg(cfg)\n"
         "print(cfg.TRAINER.LOGOPROMPT.K, ours.__file__, ours.PromptTrainer.__module__)\n"
         "from trainers.prompting.backbone import load_clip\n"

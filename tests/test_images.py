@@ -2,16 +2,21 @@
 
 import gc
 import os
+import sys
 import warnings
 
 import numpy as np
 import pytest
+import torch
 from dassl.config import get_cfg_default
 from dassl.data.datasets import Datum
 from PIL import Image
+from tiny import arguments
 from torch.utils.data import DataLoader
+from torchvision import transforms as T
 
-from trainers.prompting.images import read_image
+import train
+from trainers.prompting.images import DecodedImages, decoded_size, read_image
 from trainers.prompting.trainer import ImageDataset
 
 
@@ -95,3 +100,49 @@ def test_image_is_decoded_and_its_file_closed(tmp_path):
         os.remove(tmp_path / "x.jpg")
         assert image.getpixel((63, 63)) is not None
         gc.collect()
+
+
+def test_decoded_images_are_the_same(data_root):
+    """Kept or read anew, an item is the same; workers share what is kept."""
+    cfg = get_cfg_default()
+    items = [Datum(str(path), 1, 0, "x") for path in sorted(data_root.rglob("image_000[01].jpg"))]
+    paths = [item.impath for item in items]
+    tfm = T.Compose([T.RandomResizedCrop(32), T.ToTensor()])
+    plain, kept = (ImageDataset(cfg, items, transform=tfm, is_train=True) for _ in range(2))
+    size = sum(3 * read_image(path).width * read_image(path).height for path in paths)
+    assert decoded_size(paths, 2**30) == size and decoded_size(paths, size - 1) is None
+    kept.decode(size - 1)
+    assert kept.decoded is None
+    kept.decode(size)
+    assert isinstance(kept.decoded, DecodedImages)
+    for i, path in enumerate(paths):
+        assert kept.decoded[i].tobytes() == read_image(path).tobytes() and kept.decoded[i].size == read_image(path).size
+        torch.manual_seed(i)
+        expected = plain[i]
+        torch.manual_seed(i)
+        found = kept[i]
+        assert found.keys() == expected.keys() and torch.equal(found.pop("img"), expected.pop("img"))
+        assert found == expected
+    kept.transform = T.Compose([T.Resize((32, 32)), T.ToTensor()])
+    plain.transform = kept.transform
+    (batch,) = DataLoader(kept, batch_size=len(items), num_workers=2)
+    assert torch.equal(batch["img"], torch.stack([plain[i]["img"] for i in range(len(items))]))
+    kept.decoded._memory.zero_()  # it is what is read
+    assert kept[0]["img"].max() == 0
+
+
+def test_a_training_run_keeps_its_images(data_root, rn_file, tmp_path, monkeypatch):
+    built = []
+    original = train.build_trainer
+    monkeypatch.setattr(train, "build_trainer", lambda cfg: built.append(original(cfg)) or built[-1])
+    states = []
+    for name, limit in (("kept", 1.0), ("not", 0.0)):
+        argv = arguments("LoGoPrompt", data_root, rn_file, tmp_path / name, "TRAIN.DECODED_GB", limit)
+        assert train.main(argv) == 0
+        assert (built[-1].train_loader_x.dataset.decoded is not None) == (limit > 0)
+        assert isinstance(built[-1].train_loader_x.dataset, ImageDataset)
+        path = tmp_path / name / "prompt_learner" / "model.pth.tar-2"
+        states.append(torch.load(path, weights_only=True)["state_dict"])
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    sys.stdout.flush()
+    assert "% of it waiting for images" in (tmp_path / "not" / "log.txt").read_text()  # of the last logger

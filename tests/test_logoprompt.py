@@ -18,9 +18,8 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
 def build(clip_file, classnames=NAMES, transforms=("normalize",), **options):
-    cfg = CN(
-        {"TRAINER": CN(), "TEST": CN(), "INPUT": CN({"TRANSFORMS": transforms, "PIXEL_MEAN": MEAN, "PIXEL_STD": STD})}
-    )
+    inputs = CN({"TRANSFORMS": transforms, "PIXEL_MEAN": MEAN, "PIXEL_STD": STD})
+    cfg = CN({"TRAINER": CN(), "TRAIN": CN(), "TEST": CN(), "INPUT": inputs})
     logoprompt.extend_cfg(cfg)
     cfg.TRAINER.LOGOPROMPT.merge_from_list([x for pair in {"N_CTX": 4, **options}.items() for x in pair])
     torch.manual_seed(0)

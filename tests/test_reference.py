@@ -70,7 +70,7 @@ def clip_model(reference, tmp_path_factory):
 
 def build_model(run, n_ctx, classnames, backbone):
     """The model of a trainer, with the options that the run's name says."""
-    cfg = CN({"TRAINER": CN(), "TEST": CN()})
+    cfg = CN({"TRAINER": CN(), "TRAIN": CN(), "TEST": CN()})
     extend_cfg(cfg)
     words = "a photo of a" if run in ("coop_ctxinit", "cocoop") else ""
     if run == "cocoop":

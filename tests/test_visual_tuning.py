@@ -153,7 +153,7 @@ def test_they_can_be_drawn_before_and_after(run, data_root, tmp_path, capsys):  
 
 
 def _method():
-    cfg = CN({"TRAINER": CN(), "TEST": CN()})
+    cfg = CN({"TRAINER": CN(), "TRAIN": CN(), "TEST": CN()})
     logoprompt.extend_cfg(cfg)
     return cfg.TRAINER.LOGOPROMPT
 

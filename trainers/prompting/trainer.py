@@ -11,6 +11,7 @@ import os
 import pickle
 import sqlite3
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
@@ -35,7 +36,7 @@ from yacs.config import CfgNode
 from .backbone import Backbone, load_clip
 from .errors import UserError
 from .features import FeatureStore, ImageBatch, NotAStore, encoder_key, image_key
-from .images import read_image
+from .images import DecodedImages, decoded_size, read_image
 from .inert import load_inert
 from .names import flat_config, matching_names, relative_path
 from .results import write_results, write_text
@@ -54,12 +55,27 @@ def extend_cfg(cfg: CfgNode) -> None:
     """Add the keys that all of our methods have."""
     cfg.TEST.FEATURES = ""  # file that keeps features of test images for further evaluations; empty: none are kept
     cfg.TEST.FEATURES_GB = 4.0  # gigabytes it may take
+    cfg.TRAIN.DECODED_GB = 1.0  # training images are kept decoded in memory where they take no more; 0: never
 
 
 class ImageDataset(DatasetWrapper):
-    """Dassl's, but an image that cannot be read is named: Dassl.pytorch passes Pillow's errors on as they are."""
+    """Dassl's, with images that are decoded once where they fit into memory, and an image that cannot be read is named:
+    Dassl.pytorch passes Pillow's errors on as they are."""
+
+    decoded: Optional[DecodedImages] = None
+
+    def decode(self, limit: float) -> None:
+        """Keep all images decoded unless they take more than ``limit`` bytes; due before workers are started."""
+        paths = [item.impath for item in self.data_source]
+        size = decoded_size(paths, limit)
+        if size:
+            self.decoded = DecodedImages(paths, size)
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
+        if self.decoded is not None and callable(self.transform) and not self.return_img0:
+            item = self.data_source[idx]
+            image = self._transform_image(self.transform, self.decoded[idx])
+            return {"label": item.label, "domain": item.domain, "impath": item.impath, "index": idx, "img": image}
         try:
             return super().__getitem__(idx)
         except Exception:
@@ -77,6 +93,7 @@ class PromptTrainer(TrainerX):
     scaled = ("amp",)  # precisions whose loss is scaled up for the backward pass
     network: type[nn.Module]  # (cfg, classnames, backbone) -> module with prompt_learner and text_features()
     model_dir = ""
+    busy = 0.0  # seconds of an epoch that went into steps; the rest is waiting for images
 
     # ------------------------------------------------------------------------------------------------ building
 
@@ -208,6 +225,7 @@ class PromptTrainer(TrainerX):
         raise NotImplementedError
 
     def forward_backward(self, batch: dict[str, Any]) -> dict[str, float]:
+        start = time.perf_counter()
         with self.autocast:
             loss, logits, label = self.loss(batch)
         if self.scaler is None:
@@ -223,7 +241,9 @@ class PromptTrainer(TrainerX):
         self.watch.update(accuracy, len(label))
         if self.batch_idx + 1 == self.num_batches:
             self.update_lr()
-        return {"loss": loss.item(), "acc": accuracy}
+        summary = {"loss": loss.item(), "acc": accuracy}
+        self.busy += time.perf_counter() - start
+        return summary
 
     def after_step(self) -> None:
         """Called after every step of the optimiser; nothing by default."""
@@ -256,6 +276,20 @@ class PromptTrainer(TrainerX):
         self.watch = CollapseWatch(self.num_classes)
         self._write_config()
         super().train()
+
+    def before_train(self) -> None:
+        super().before_train()
+        data = self.train_loader_x.dataset
+        if isinstance(data, ImageDataset):
+            data.decode(self.cfg.TRAIN.get("DECODED_GB", 0) * 2**30)
+
+    def run_epoch(self) -> None:
+        start, self.busy = time.perf_counter(), 0.0
+        super().run_epoch()
+        passed = time.perf_counter() - start
+        print(
+            f"epoch [{self.epoch + 1}/{self.max_epoch}] {passed:.1f} s, {100 * (1 - self.busy / passed):.0f} % waiting"
+        )
 
     def after_epoch(self) -> None:
         self.watch.epoch_ends(self.epoch + 1)
