@@ -287,8 +287,9 @@ class PromptTrainer(TrainerX):
         start, self.busy = time.perf_counter(), 0.0
         super().run_epoch()
         passed = time.perf_counter() - start
+        waiting = 100 * (1 - self.busy / passed)
         print(
-            f"epoch [{self.epoch + 1}/{self.max_epoch}] {passed:.1f} s, {100 * (1 - self.busy / passed):.0f} % waiting"
+            f"epoch [{self.epoch + 1}/{self.max_epoch}] took {passed:.1f} s, {waiting:.0f} % of it waiting for images"
         )
 
     def after_epoch(self) -> None:
