@@ -27,7 +27,7 @@ def test_a_measurement_sees_the_memory_of_its_own_call():
 
 def test_ratios_are_to_the_first_row():
     rows = [benchmark.Row("a", 2.0, 1), benchmark.Row("b", 1.0, 1), benchmark.Row("c", 1.0, 1, "x", 7.0)]
-    assert [line.split(" | ")[2] for line in benchmark.table(rows).splitlines()[2:]] == ["1.00", "0.50", "7.00"]
+    assert [line.split(" | ")[2] for line in benchmark.table(rows).splitlines()[2:]] == ["1.000", "0.500", "7.000"]
 
 
 def test_lists(tmp_path, capsys):

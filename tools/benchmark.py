@@ -10,24 +10,37 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import math
 import multiprocessing
 import os
 import platform
 import resource
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from runner import arguments  # isort: skip (makes `import dassl` work)
+import open_clip
+import torch
+from dassl.config import get_cfg_default
 from dassl.data.datasets import build_dataset
+from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from tqdm import tqdm
 
 import train
+from trainers import cocoop, logoprompt
+from trainers.prompting.backbone import Backbone
+from trainers.prompting.features import ImageBatch
 from trainers.prompting.results import write_text
+from trainers.prompting.text import PromptLearner, TextEncoder
 
+WAYS = ("77 tokens", "ours")
 IMAGENET = (1000, 1281, 50)  # classes, training images of each (1,281,167 in all), validation images of each
 
 
@@ -57,7 +70,12 @@ def _measure(function: Callable[..., Any], args: tuple, results: Any) -> None:
 
 
 def _peak() -> float:
-    """Megabytes."""
+    """Most memory that this process has had, in megabytes."""
+    try:  # getrusage begins with the peak of the process that started this one
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**10
+    except (OSError, StopIteration):
+        pass
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -109,9 +127,202 @@ def lists(quick: bool) -> list[Row]:
         ]
 
 
+# ------------------------------------------------------------------------------------------------- text
+
+
+def backbone(arch: str = "RN50") -> Backbone:
+    """A CLIP of real size with random weights: what it costs does not depend on them."""
+    torch.manual_seed(0)
+    logging.disable(logging.WARNING)  # that the weights are random
+    model = open_clip.create_model(arch, pretrained=None, precision="fp32")
+    logging.disable(logging.NOTSET)
+    return Backbone(model, open_clip.tokenizer.SimpleTokenizer(), arch)
+
+
+def names(n: int) -> list[str]:
+    """ImageNet's class names: as long as names are."""
+    return [IMAGENET_CLASSNAMES[i % len(IMAGENET_CLASSNAMES)] for i in range(n)]
+
+
+def text_pass(way: str, classes: int, n_ctx: int, csc: bool) -> Callable[[], None]:
+    """A forward and backward pass of the text encoder: all 77 tokens as CLIP does it, or as this repository does.
+
+    77 tokens of more than 100 classes do not fit into the memory of an ordinary machine: they go in chunks of 100, in
+    the same time and a fraction of the memory.
+    """
+    clip = backbone()
+    learner = PromptLearner(clip, names(classes), n_ctx, csc=csc)
+    encoder = TextEncoder(clip)
+
+    def ours() -> None:
+        learner.zero_grad()
+        encoder(*learner.parts()).sum().backward()
+
+    def padded() -> None:
+        learner.zero_grad()
+        for rows in torch.arange(classes).split(100):
+            prompts = learner()[0][rows]
+            rest = prompts.new_zeros(len(rows), clip.context_length - prompts.shape[1], prompts.shape[2])
+            last = torch.full((len(rows),), clip.context_length - 1)
+            encoder(torch.cat([prompts, rest], dim=1), last).sum().backward()
+
+    return {"77 tokens": padded, "ours": ours}[way]
+
+
+def once(make: Callable[..., Callable[[], Any]], *args: Any) -> str:
+    """Prepare, then call; for :func:`measure`, whose peak then holds what was prepared too (the model: 0.4 GB)."""
+    make(*args)()
+    return ""
+
+
+def compare(title: str, ways: dict[str, Callable[[], Any]], repeats: int, memory: dict[str, Row]) -> list[Row]:
+    """Medians of alternating runs after one to warm up; ratios are to the first way."""
+    seconds: dict[str, list[float]] = {label: [] for label in ways}
+    for i in range(repeats + 1):
+        for label, call in ways.items():
+            start = time.perf_counter()
+            call()
+            if i:
+                seconds[label].append(time.perf_counter() - start)
+    medians = {label: statistics.median(values) for label, values in seconds.items()}
+    first = medians[next(iter(ways))]
+    peak = {label: memory[label].megabytes if label in memory else float("nan") for label in ways}
+    return [Row(f"{title}: {label}", medians[label], peak[label], "", medians[label] / first) for label in ways]
+
+
+def text(quick: bool) -> list[Row]:
+    rows = []
+    cases = [(100, 16, False)] if quick else [(100, 4, False), (100, 16, False), (1000, 16, False)]
+    for classes, n_ctx, csc in (*cases, (100 if quick else 1000, 4, True)):
+        title = f"C = {classes}, M = {n_ctx}, {'class-specific' if csc else 'generic'}"
+        case = (classes, n_ctx, csc)
+        memory = {way: measure(way, once, text_pass, way, *case) for way in WAYS}
+        ways = {way: text_pass(way, *case) for way in WAYS}
+        rows += compare(title, ways, 2 if quick or classes > 100 else 5, memory)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------- CoCoOp
+
+
+def cocoop_step(way: str, classes: int, batch: int) -> Callable[[], None]:
+    """A step of CoCoOp: the prompts of an image share what is the same in them, or each is encoded by itself."""
+    cfg = get_cfg_default()
+    cocoop.extend_cfg(cfg)
+    cfg.TRAINER.COCOOP.CTX_INIT = "a photo of a"
+    clip = backbone()
+    model = cocoop.CustomCLIP(cfg, names(classes), clip)
+    image, label = torch.randn(batch, 3, 224, 224), torch.arange(batch) % classes
+
+    def logits_of_each() -> torch.Tensor:
+        with torch.no_grad():
+            features = clip.encode_image(image)
+        found = []
+        for feature in features:
+            ctx = model.prompt_learner.ctx + model.prompt_learner.meta_net(feature)
+            prompts, _ = model.prompt_learner.around(ctx.expand(classes, -1, -1))
+            rest = prompts.new_zeros(classes, clip.context_length - prompts.shape[1], prompts.shape[2])
+            last = torch.full((classes,), clip.context_length - 1)
+            found.append(clip.logits(feature, model.text_encoder(torch.cat([prompts, rest], dim=1), last)))
+        return torch.stack(found)
+
+    def step() -> None:
+        model.prompt_learner.zero_grad()
+        logits = model(image) if way == "ours" else logits_of_each()
+        torch.nn.functional.cross_entropy(logits, label).backward()
+
+    return step
+
+
+def cocoop_table(quick: bool) -> list[Row]:
+    rows = []
+    for batch in (1,) if quick else (1, 4):
+        memory = {way: measure(way, once, cocoop_step, way, 50, batch) for way in WAYS}
+        ways = {way: cocoop_step(way, 50, batch) for way in WAYS}
+        rows += compare(f"CoCoOp, C = 50, batch {batch}", ways, 2 if quick else 5, memory)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------- a step, a test
+
+
+def network(arch: str, classes: int, k: int = 5) -> logoprompt.CustomCLIP:
+    cfg = get_cfg_default()
+    logoprompt.extend_cfg(cfg)
+    cfg.INPUT.SIZE = (224, 224)
+    cfg.TRAINER.LOGOPROMPT.CTX_INIT, cfg.TRAINER.LOGOPROMPT.K = "a photo of a", k
+    return logoprompt.CustomCLIP(cfg, names(classes), backbone(arch))
+
+
+def step_ways(arch: str, batch: int, classes: int, k: int = 5) -> dict[str, Callable[[], Any]]:
+    """The floor of a step, (2 + K) * B image encodings and the text pass, on the same tensors; and the step."""
+    model = network(arch, classes, k)
+    image, label = torch.randn(batch, 3, 224, 224), torch.arange(batch) % classes
+    pasted = torch.randn(batch * (1 + k), 3, 224, 224)
+
+    def floor() -> None:
+        model.zero_grad()
+        with torch.no_grad():
+            model.backbone.encode_image(image)
+            for part in pasted.split(logoprompt.CHUNK):
+                model.backbone.encode_image(part)
+        model.text_features().sum().backward()
+
+    def step() -> None:
+        model.zero_grad()
+        model(image, label)[0].mean().backward()
+
+    return {"floor": floor, "step": step}
+
+
+def test_ways(arch: str, batch: int, classes: int, k: int = 5) -> dict[str, Callable[[], Any]]:
+    """(1 + K) * B image encodings; and the selection, text features being there."""
+    model = network(arch, classes, k)
+    image = torch.randn(batch, 3, 224, 224)
+    pasted = torch.randn(batch * k, 3, 224, 224)
+    paths = [f"images/{i}.jpg" for i in range(batch)]
+    with torch.no_grad():
+        text_features = model.text_features()
+
+    def floor() -> None:
+        with torch.no_grad():
+            model.backbone.encode_image(image)
+            for part in pasted.split(logoprompt.CHUNK):
+                model.backbone.encode_image(part)
+
+    def evaluate() -> None:
+        model.select(ImageBatch(model.backbone, paths, image, network=model), text_features)
+
+    return {"floor": floor, "evaluation": evaluate}
+
+
+def step(quick: bool) -> list[Row]:
+    rows = []
+    for arch in ("RN50",) if quick else ("RN50", "ViT-B-16"):
+        ways = partial(compare, repeats=3 if quick else 5, memory={})
+        rows += ways(f"{arch}, B = 8, C = 50, K = 5, training", step_ways(arch, 8, 50))
+        rows += ways(f"{arch}, B = 8, C = 50, K = 5, test", test_ways(arch, 8, 50))
+    return rows
+
+
+def growth(quick: bool) -> list[Row]:
+    """What a training step costs as C, K and B grow, RN50."""
+    rows = []
+    for classes, k, batch in ((50, 5, 8), (500, 5, 8), (50, 1, 8), (50, 10, 8), (50, 5, 2), (50, 5, 16)):
+        if quick and (classes, k, batch) not in ((50, 5, 8), (50, 1, 8)):
+            continue
+        title = f"C = {classes}, K = {k}, B = {batch}"
+        rows += compare(title, step_ways("RN50", batch, classes, k), 2 if quick else 3, {})[1:]
+    return [row._replace(ratio=row.seconds / rows[0].seconds) for row in rows]
+
+
 # ------------------------------------------------------------------------------------------------- command
 
 BENCHMARKS: dict[str, tuple[str, Callable[[bool], list[Row]]]] = {
+    "text": ("Text encoder, forward and backward (12 layers, width 512)", text),
+    "cocoop": ("A step of CoCoOp, RN50", cocoop_table),
+    "step": ("A step and a test of LoGoPrompt beside bare encoder calls on the same tensors", step),
+    "growth": ("A training step as C, K and B grow, RN50", growth),
     "lists": ("Reading the lists of a data set of ImageNet's size (1,281,000 training images)", lists),
 }
 
@@ -121,7 +332,8 @@ def table(rows: Sequence[Row]) -> str:
     lines = ["| | seconds | ratio | peak memory, MB | |", "|---|---|---|---|---|"]
     for row in rows:
         ratio = row.seconds / rows[0].seconds if row.ratio is None else row.ratio
-        lines.append(f"| {row.label} | {row.seconds:.2f} | {ratio:.2f} | {row.megabytes:,.0f} | {row.note} |")
+        memory = "" if math.isnan(row.megabytes) else f"{row.megabytes:,.0f}"
+        lines.append(f"| {row.label} | {row.seconds:.2f} | {ratio:.3f} | {memory} | {row.note} |")
     return "\n".join(lines)
 
 
