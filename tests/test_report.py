@@ -1,6 +1,7 @@
 """tools/report.py: its numbers against ones worked out by hand, what it refuses, and what it writes."""
 
 import csv
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -11,6 +12,7 @@ import pytest
 from conftest import ROOT
 from matplotlib.figure import Figure
 from PIL import Image
+from rich.console import Console
 from test_base2new import TINY
 from test_base2new import run as run_script
 from test_scripts import runs as script_runs
@@ -149,6 +151,22 @@ def test_base_to_new_by_hand(tmp_path, capsys):
     assert all(line["folder"].endswith(f"seed{line['seed']}") for line in lines)
 
 
+def test_a_narrow_terminal_shows_every_digit(tmp_path):
+    two_data_sets(tmp_path / "runs")
+    two_data_sets(tmp_path / "runs", trainer="CoOp")
+    made = report.Report(report.collect([tmp_path / "runs"], [1, 2, 3]), [1, 2, 3])
+    wide, narrow = (Console(width=width, record=True, file=io.StringIO()) for width in (200, 80))
+    for console in (wide, narrow):
+        report.terminal(made, console)
+    wide, narrow = wide.export_text(), narrow.export_text()
+    assert "│ 92.00 ± 2.00 │ 98.19 │ −6.19 │" in wide.replace("  ", " ") and "…" not in wide + narrow
+    lines = narrow.splitlines()
+    at = next(i for i, line in enumerate(lines) if "Caltech101" in line)  # CoOp, on two lines
+    cells = [[cell.strip() for cell in line.split("│")[3:6]] for line in lines[at : at + 2]]
+    assert cells == [["92.00 ± 2.00", "70.00 ± 10.00", "79.51 ± 7.22"], ["98.00 −6.00", "89.81 −19.81", "93.73 −14.22"]]
+    assert max(map(len, lines)) <= 80
+
+
 def test_the_eleven_are_compared_with_the_printed_average(tmp_path):
     for name, row in published.BASE_TO_NEW["CoOp"].items():
         for subset in ("base", "new"):
@@ -229,6 +247,12 @@ def test_ablations_are_the_rows_that_the_script_makes(tmp_path, capsys):
     assert {cell["published"] for cell in shipped.values()} == {66.34}
     assert found["4a: use of the visual prompts", "none", "accuracy"]["published"] is None
     assert found["4d: place of the block", "top", "accuracy"]["published"] == 65.98
+    for row in made - {"4c_16"}:
+        for seed in (1, 2, 3):
+            words = {"kind": f"ablation/{row}", "config": "rn50_ep50", "backbone": "RN50", "shots": 8}
+            make(tmp_path / "eight", "ImageNet", 60.0, seed, **words)
+    status, out = build(tmp_path / "eight")
+    assert status == 0 and {cell["published"] for cell in cells(out).values()} == {None}
     # one row short, and on another data set, from words: named, and nothing to compare with
     for row in made - {"4c_16"}:
         make(tmp_path / "more", "Shapes", 60.0, 1, kind=f"ablation/{row}", config="tiny96_ep10_ctxv1", backbone="tiny")

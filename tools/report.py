@@ -57,19 +57,31 @@ def _headings(table: Table) -> list[str]:
     return heads
 
 
+def rich_table(table: Table, stacked: bool) -> RichTable:
+    """For the terminal; stacked: with the paper's number and the difference beneath ours, not beside it."""
+    made = RichTable(title=Text(table.title), title_justify="left", title_style="bold")
+    for i, head in enumerate([*table.first, *table.columns] if stacked else _headings(table)):
+        style = "dim" if head in ("paper", "diff.") else ""
+        made.add_column(Text(head), justify="left" if i < 2 else "right", style=style)
+    for section, rows in table.sections:
+        for i, (row, cells) in enumerate(rows):
+            numbers = [Text(text, style="bold" if best else "") for text, best in _cells(table, cells)]
+            if stacked:
+                for at, compared in enumerate(table.compared):
+                    paper = [str(numbers.pop(at + 1)) for _ in range(2 * compared)]
+                    numbers[at].append("\n" * compared + " ".join(paper), style="dim not bold")
+            made.add_row(Text(section if i == 0 else ""), Text(row), *numbers)
+        made.add_section()
+    return made
+
+
 def terminal(report: Report, console: Console) -> None:
-    """All tables with Rich."""
+    """All tables, as wide as there is room."""
     for table in report.tables:
-        shown_table = RichTable(title=Text(table.title), title_justify="left", title_style="bold")
-        for i, head in enumerate(_headings(table)):
-            style = "dim" if head in ("paper", "diff.") else ""
-            shown_table.add_column(Text(head), justify="left" if i < 2 else "right", style=style)
-        for section, rows in table.sections:
-            for i, (row, cells) in enumerate(rows):
-                numbers = [Text(text, style="bold" if best else "") for text, best in _cells(table, cells)]
-                shown_table.add_row(Text(section if i == 0 else ""), Text(row), *numbers)
-            shown_table.add_section()
-        console.print(shown_table)
+        made = rich_table(table, stacked=False)
+        if console.measure(made, options=console.options.update(max_width=1000)).maximum > console.width:
+            made = rich_table(table, stacked=True)
+        console.print(made)
         for note in table.notes:
             console.print(Text(note), style="dim")
         console.print()
