@@ -5,12 +5,15 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import trees
+from conftest import GOLDEN, REAL_DATA
+from test_caltech101 import digest
 from tiny import arguments
 
 import train
@@ -169,38 +172,34 @@ def test_a_variant_cannot_be_trained_on(tmp_path, rn_file, capsys):
     assert train.main([*argv, "DATASET.SUBSAMPLE_CLASSES", "all"]) == 0
 
 
-def test_every_reference_file(golden):
-    """Every ``fewshot_<dataset>.json`` in LOGO_REFERENCE, drawn from the tree at DATA (default ../shared/data)."""
-    import dassl.data.datasets as registry
-    from test_caltech101 import digest
+REFERENCES = sorted(GOLDEN.glob("fewshot_*.json")) or [GOLDEN / "fewshot_*.json"]
+DATA = Path(os.environ.get("DATA", REAL_DATA))
 
-    names = {name.lower(): name for name in registry.DATASET_REGISTRY.registered_names()}
-    data_root = os.environ.get("DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
-    files = sorted(golden.glob("fewshot_*.json"))
-    compared = []
-    for path in files:
-        wanted = path.stem.removeprefix("fewshot_").replace("_", "").replace("-", "").lower()
-        wanted = {"dtd": "describabletextures"}.get(wanted, wanted)
-        assert wanted in names, f"{path}: no data set of that name"
-        cls = registry.DATASET_REGISTRY.get(names[wanted])
-        images = os.path.join(data_root, cls.dataset_dir, cls.image_dir)
-        if not os.path.isdir(images):
-            continue
-        for key, expected in json.loads(path.read_text()).items():
-            shots, seed, subset = key.replace("shots_", "").replace("seed_", "").split("-")
-            data = build(data_root, names[wanted], int(shots), subset, int(seed))
-            for part, items in (("train", data.train_x), ("val", data.val), ("test", data.test)):
-                if f"{part}_sha256" not in expected:
-                    continue
-                rows = [
-                    [os.path.relpath(i.impath, images).replace(os.sep, "/"), i.label, i.classname] for i in items or ()
-                ]
-                assert (len(rows), digest(rows)) == (expected[part], expected[f"{part}_sha256"]), (path, key, part)
-            assert digest(data.classnames) == expected["classnames_sha256"], (path, key)
-            assert data.num_classes == expected["classes"]
-        compared.append(path.name)
-    if not compared:
-        pytest.skip(f"none of {len(files)} reference files has its data set at {data_root} (set DATA)")
+
+@pytest.mark.parametrize("path", REFERENCES, ids=lambda path: path.stem)
+def test_every_reference_file(path):
+    """Every ``fewshot_<dataset>.json`` in LOGO_REFERENCE, drawn from the tree at DATA (default ../shared/data)."""
+    from dassl.data.datasets import DATASET_REGISTRY
+
+    if not path.is_file():
+        pytest.skip(f"no {path} (set LOGO_REFERENCE)")
+    known = {name.lower(): name for name in DATASET_REGISTRY.registered_names()}
+    known["dtd"] = "DescribableTextures"
+    name = known[re.sub("[_-]", "", path.stem.removeprefix("fewshot_").lower())]
+    cls = DATASET_REGISTRY.get(name)
+    images = DATA / cls.dataset_dir / cls.image_dir
+    if not images.is_dir():
+        pytest.skip(f"{path.name}: no {images} (set DATA)")
+    for key, expected in json.loads(path.read_text()).items():
+        shots, seed, subset = key.replace("shots_", "").replace("seed_", "").split("-")
+        data = build(DATA, name, int(shots), subset, int(seed))
+        for part, items in (("train", data.train_x), ("val", data.val), ("test", data.test)):
+            if f"{part}_sha256" not in expected:
+                continue
+            rows = [[os.path.relpath(i.impath, images).replace(os.sep, "/"), i.label, i.classname] for i in items or ()]
+            assert (len(rows), digest(rows)) == (expected[part], expected[f"{part}_sha256"]), (key, part)
+        assert digest(data.classnames) == expected["classnames_sha256"], key
+        assert data.num_classes == expected["classes"], key
 
 
 # ------------------------------------------------------------------------------------------------- samples, caches
