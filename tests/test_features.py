@@ -47,6 +47,7 @@ def run(images, rn_file, tmp_path, monkeypatch):
         argv = arguments(trainer, images, backbone, tmp_path / out, *opts, flags=flags, seed=seed)
         seen.clear()
         assert train.main(argv) == 0
+        sys.stdout.flush()  # of the log
         monkeypatch.setattr(train, "build_trainer", build)
         return built[0].metrics, dict(sorted(built[0].predictions.items())), sum(seen)
 
