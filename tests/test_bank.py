@@ -110,6 +110,15 @@ def test_nothing_is_encoded_twice(clip_file, items, counted):
     assert torch.equal(batch.conditional(classes), before)
 
 
+def test_without_room_for_decoded_images_views_are_the_same(clip_file, items):
+    model = build(clip_file)
+    plain, narrow = bank_of(model, items), bank_of(model, items)
+    narrow._room = 2 * 3 * 90 * 80 + 1  # bytes of two images and a little
+    for i in (0, 1, 2, 3, 0, 2):
+        assert torch.equal(narrow.pixels(i, 0), plain.pixels(i, 0))
+    assert len(plain._decoded) == 4 and sorted(narrow._decoded) == [0, 1]
+
+
 def test_a_step_on_the_bank_equals_one_on_the_same_pixels(clip_file, items, monkeypatch):
     import trainers.logoprompt as logoprompt
 

@@ -17,15 +17,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from .images import read_image
 
+DECODED = 2**30  # bytes of images that are kept decoded; the others are read again when they are needed
+
 Encode = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class FeatureBank:
     """R augmented views of every training image, each encoded once.
 
-    A view and the place of its block are functions of (seed, image, number of the view). Images are decoded once, and a
-    view's pixels are made only when something of it has to be encoded: its own feature the first time, and that of a
-    class-conditional copy when mining asks for a class it has not asked for. So later epochs hardly touch images.
+    A view and the place of its block are functions of (seed, image, number of the view). Images are kept decoded as far
+    as there is room, and a view's pixels are made only when something of it has to be encoded: its own feature the
+    first time, and that of a class-conditional copy when mining asks for a class it has not asked for. So later epochs
+    hardly touch images.
 
     Memory: N * R * E numbers for the views and as many again for each class that is asked for.
 
@@ -54,6 +57,7 @@ class FeatureBank:
         self.items, self.tfm, self.views, self.seed, self.device = items, tfm, views, seed, device
         self.encode, self.encode_pairs = encode, encode_pairs
         self._decoded: dict[int, Any] = {}
+        self._room = DECODED  # bytes left for them
         self._rows: dict[tuple[int, int, int], int] = {}  # (image, view, class, -1 for none) -> row of _features
         self._features = torch.empty(0)
         uniform = torch.rand(len(items), views, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -69,11 +73,13 @@ class FeatureBank:
 
     def pixels(self, i: int, view: int) -> torch.Tensor:
         """(3, H, W) of a view."""
-        if i not in self._decoded:
-            self._decoded[i] = read_image(self.items[i].impath)
+        image = self._decoded.get(i) or read_image(self.items[i].impath)
+        size = 3 * image.width * image.height
+        if i not in self._decoded and self._room >= size:
+            self._decoded[i], self._room = image, self._room - size
         digest = hashlib.blake2b(f"{self.seed}/{i}/{view}".encode(), digest_size=4).digest()
         with seeded(int.from_bytes(digest, "little")):
-            return self.tfm(self._decoded[i])
+            return self.tfm(image)
 
     def look_up(self, index: Sequence[int], view: int, classes: Sequence[int]) -> torch.Tensor:
         """(P, E) features of P pairs of an image and a class, -1 for the image as it is; what is missing is encoded."""
