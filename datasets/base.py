@@ -53,9 +53,8 @@ class FewShotDataset(DatasetBase):
     def __init__(self, cfg: Any) -> None:
         self._open(cfg)
         shots, subset = cfg.DATASET.NUM_SHOTS, cfg.DATASET.SUBSAMPLE_CLASSES
-        with python_random(
-            cfg.SEED
-        ):  # a split that has to be made and the sample are one stream of numbers, as in CoOp
+        # A split that has to be made and the sample are one stream of numbers, as in CoOp.
+        with python_random(cfg.SEED):
             self.prepare()
             drawn = few_shot(self, shots, cfg.SEED) if shots >= 1 and self.sampled else {}
             parts = {part: drawn.get(part) if part in drawn else self.entries(part) for part in SPLITS}

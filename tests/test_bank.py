@@ -31,12 +31,12 @@ def items(tmp_path):
     return found
 
 
-def bank_of(model, items, views=2, seed=1, tfm=TFM):
+def bank_of(model, items, views=2, seed=1, tfm=TFM, room=2**30):
     def draw(uniform):
         return places_at(uniform, SIZE, model.block, "random")
 
     encode = model.backbone.encode_image
-    return FeatureBank(items, tfm, views, seed, encode, model.encode_pasted, draw, torch.device("cpu"))
+    return FeatureBank(items, tfm, views, seed, encode, model.encode_pasted, draw, torch.device("cpu"), room)
 
 
 @pytest.fixture
@@ -112,8 +112,7 @@ def test_nothing_is_encoded_twice(clip_file, items, counted):
 
 def test_without_room_for_decoded_images_views_are_the_same(clip_file, items):
     model = build(clip_file)
-    plain, narrow = bank_of(model, items), bank_of(model, items)
-    narrow._room = 2 * 3 * 90 * 80 + 1  # bytes of two images and a little
+    plain, narrow = bank_of(model, items), bank_of(model, items, room=2 * 3 * 90 * 80 + 1)  # two images and a little
     for i in (0, 1, 2, 3, 0, 2):
         assert torch.equal(narrow.pixels(i, 0), plain.pixels(i, 0))
     assert len(plain._decoded) == 4 and sorted(narrow._decoded) == [0, 1]

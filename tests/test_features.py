@@ -77,6 +77,20 @@ def test_the_second_evaluation_encodes_nothing_and_predicts_the_same(run, traine
     assert results[0] == results[1]
 
 
+def test_what_has_to_be_encoded_is_scored_once(run, monkeypatch):
+    """CoCoOp's text features are costly: an image whose own features are missing is not scored without them."""
+    from trainers.cocoop import CustomCLIP
+
+    scored = []
+    original = CustomCLIP.chunked_logits
+    monkeypatch.setattr(CustomCLIP, "chunked_logits", lambda self, f: scored.append(len(f)) or original(self, f))
+    model = run.trained("CoCoOp")
+    for expected in (16, 0):
+        scored.clear()
+        assert run("CoCoOp", model=model)[2] == expected
+        assert sum(scored) == 16
+
+
 def test_seeds_and_methods_share_what_they_have_in_common(run):
     """Whatever the prompts: originals are encoded once, and a pair of image and class once."""
     models = [run.trained("LoGoPrompt", seed) for seed in (1, 2)]

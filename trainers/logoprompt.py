@@ -371,6 +371,7 @@ class LoGoPrompt(PromptTrainer):
             network.encode_pasted,
             partial(places_at, image_size=network.image_size, block=network.block, location=network.location),
             self.device,
+            cfg.TRAIN.DECODED_GB * 2**30,
         )
 
     def parameter_groups(self, prompt_learner: nn.Module) -> Optional[list[dict[str, Any]]]:

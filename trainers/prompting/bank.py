@@ -17,8 +17,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from .images import read_image
 
-DECODED = 2**30  # bytes of images that are kept decoded; the others are read again when they are needed
-
 Encode = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -41,6 +39,7 @@ class FeatureBank:
         encode_pairs: images (B, 3, H, W), places (B, 2), (P,) rows, (P,) classes -> (P, E).
         draw_places: from (n, 2) numbers in [0, 1) to (n, 2) places.
         device: where the features are.
+        room: bytes of images that are kept decoded; the others are read again when they are needed.
     """
 
     def __init__(
@@ -53,11 +52,12 @@ class FeatureBank:
         encode_pairs: Encode,
         draw_places: Callable[[torch.Tensor], torch.Tensor],
         device: torch.device,
+        room: float = 2**30,
     ) -> None:
         self.items, self.tfm, self.views, self.seed, self.device = items, tfm, views, seed, device
         self.encode, self.encode_pairs = encode, encode_pairs
         self._decoded: dict[int, Any] = {}
-        self._room = DECODED  # bytes left for them
+        self._room = room
         self._rows: dict[tuple[int, int, int], int] = {}  # (image, view, class, -1 for none) -> row of _features
         self._features = torch.empty(0)
         uniform = torch.rand(len(items), views, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

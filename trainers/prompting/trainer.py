@@ -93,6 +93,7 @@ class PromptTrainer(TrainerX):
     scaled = ("amp",)  # precisions whose loss is scaled up for the backward pass
     network: type[nn.Module]  # (cfg, classnames, backbone) -> module with prompt_learner and text_features()
     model_dir = ""
+    _encoder_key: Optional[bytes] = None  # test and validation images have the same transform
     busy = 0.0  # seconds of an epoch that went into steps; the rest is waiting for images
 
     # ------------------------------------------------------------------------------------------------ building
@@ -483,6 +484,12 @@ class PromptTrainer(TrainerX):
                 size = self.cfg.DATALOADER.TEST.BATCH_SIZE
                 for chunk in (items[i : i + size] for i in range(0, len(items), size)):
                     known = self._kept_batch(chunk, store)
+                    known.features()
+                    left += [item for item, complete in zip(chunk, known.complete) if not complete]
+                    chunk = [item for item, complete in zip(chunk, known.complete) if complete]
+                    if not chunk:  # nothing is scored whose own features are missing
+                        continue
+                    known = self._kept_batch(chunk, store)
                     scores = self.score(known)
                     rows = [i for i, complete in enumerate(known.complete) if complete]
                     if rows:
@@ -530,10 +537,13 @@ class PromptTrainer(TrainerX):
         if kind == "cuda":
             kind = torch.cuda.get_device_name(self.device)
         precision = f"{backbone.dtype} {type(self.autocast).__name__}"
-        key = encoder_key(backbone.visual, loader.dataset.transform, precision, kind)
+        if self._encoder_key is None:  # of all weights: once a run, not once an evaluation
+            self._encoder_key = encoder_key(backbone.visual, loader.dataset.transform, precision, kind)
         name = f"{backbone.name}, {backbone.input_resolution} pixels, {backbone.dtype}, {kind}"
         try:
-            return FeatureStore(os.path.expanduser(path), key, name, int(self.cfg.TEST.FEATURES_GB * 2**30))
+            return FeatureStore(
+                os.path.expanduser(path), self._encoder_key, name, int(self.cfg.TEST.FEATURES_GB * 2**30)
+            )
         except NotAStore as error:
             raise UserError(f"TEST.FEATURES: {error}; name another file") from error
         except (OSError, sqlite3.Error) as error:
