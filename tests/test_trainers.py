@@ -47,6 +47,7 @@ def test_a_run_writes_what_is_promised(run, trainer):
     results = run(trainer)
     folder = run.folder / "run"
     assert sorted(p.name for p in folder.iterdir()) == [
+        ".lock",
         "config.yaml",
         "log.txt",
         "prompt_learner",
