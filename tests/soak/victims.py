@@ -29,10 +29,11 @@ class Victims:
         )
 
     def start(self, argv, log, die_at=0, number=signal.SIGKILL, prepare=""):
-        """Start a run of ``train.py`` with the arguments ``argv``; what it prints goes to the file ``log``.
+        """Start a run of ``train.py`` with the arguments ``argv``; what it prints goes to the files ``log`` and ``log.err``.
 
         Args:
-            die_at: number of the event, from 1 on, at which it sends itself the signal ``number``; 0: none.
+            die_at: number of the event, from 1 on, at which it sends itself the signal ``number``; 0: none. Or a pair of
+                the event's name and its number among those of that name.
             prepare: a function of ``hooks.py`` to call first.
         """
         job = {"argv": list(map(str, argv)), "log": str(log), "die_at": die_at, "number": number, "prepare": prepare}
@@ -64,7 +65,7 @@ class Events:
             return
         self.count += 1
         self.names.append(name)
-        if self.count == self.die_at:
+        if self.die_at in (self.count, [name, self.names.count(name)]):
             os.kill(self.owner, self.number)
 
     def around(self, module, name):
@@ -119,11 +120,11 @@ def one_run(job):
     import train
     from trainers.prompting import results
 
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    for name, stream in ((job["log"], 1), (f"{job['log']}.err", 2)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 (as long as the process)
     sys.argv = ["train.py", *job["argv"]]
+    sys.orig_argv = [sys.executable, *sys.argv]
     torch.set_num_threads(1)
     if job["prepare"]:
         getattr(hooks, job["prepare"])()
@@ -154,7 +155,9 @@ def main():
     import torch.utils.tensorboard  # noqa: F401 (what takes so long)
 
     import train  # noqa: F401
+    from trainers.prompting.backbone import import_provider
 
+    import_provider()
     for line in sys.stdin:
         job = json.loads(line)
         answer = Path(f"{job['log']}.json")  # no pipe: orphaned workers of loaders would keep it open for seconds

@@ -517,7 +517,9 @@ class PromptTrainer(TrainerX):
         try:
             again = read_checkpoint(os.path.join(folder, f"model.pth.tar-{epoch}"))
         except UserError:
-            print(f"{path} comes after the best model (epoch {epoch}): the checkpoint before it is used if there is one")
+            print(
+                f"{path} comes after the best model (epoch {epoch}): the checkpoint before it is used if there is one"
+            )
             return False
         write_checkpoint(best, {**again, "val_result": checkpoint["best_result"]})
         return True
