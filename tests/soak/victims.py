@@ -29,10 +29,10 @@ class Victims:
         )
 
     def start(self, argv, log, die_at=0, number=signal.SIGKILL, prepare=""):
-        """Start a run of ``train.py`` with the arguments ``argv``; what it prints goes to the files ``log`` and ``log.err``.
+        """Start ``train.py`` with the arguments ``argv``; what it prints goes to the files ``log`` and ``log.err``.
 
         Args:
-            die_at: number of the event, from 1 on, at which it sends itself the signal ``number``; 0: none. Or a pair of
+            die_at: number of the event, from 1 on, at which it sends itself the signal ``number``; 0: none. Or a pair:
                 the event's name and its number among those of that name.
             prepare: a function of ``hooks.py`` to call first.
         """
@@ -137,7 +137,7 @@ def one_run(job):
         event.around(os, name)
     event.around(torch.optim.SGD, "step")
     event.after(builtins, "print")
-    results.open = lambda *args, **kwargs: HalfWritten(open(*args, **kwargs), event)
+    results.open = lambda *args, **kwargs: HalfWritten(open(*args, **kwargs), event)  # noqa: SIM115
     try:
         status = train.main(job["argv"])
     except SystemExit as stop:
