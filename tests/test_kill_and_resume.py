@@ -4,7 +4,6 @@ The runs are real ones of ``train.py``, in children of one process that has impo
 They kill themselves at an event whose number was drawn beforehand, so nothing here waits or hopes.
 """
 
-import json
 import random
 import shutil
 import signal
@@ -123,7 +122,7 @@ def differences(a, b, where=""):
 
 
 def check(place, unbroken, moments):
-    """Kill a run at the moments given, one after the other (what has finished begins anew); what it ends as, at last."""
+    """Kill a run at the moments given, one after the other (what has finished begins anew), and look how it ends."""
     moments = list(moments)
     while moments:
         status, said = place.run(die_at=moments[0])
