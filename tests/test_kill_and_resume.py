@@ -70,6 +70,9 @@ class Place:
     def run(self, *flags, **kwargs):
         return self.victims.run([*flags, *self.argv], self.log, **kwargs)
 
+    def start(self, **kwargs):
+        self.victims.start(self.argv, self.log, **kwargs)
+
     def forget(self):
         """Be as before the first run."""
         for folder in (self.out, self.folder / "data" / "caltech-101" / "split_fewshot"):

@@ -28,15 +28,21 @@ class Victims:
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )
 
-    def start(self, argv, log, die_at=0, number=signal.SIGKILL, prepare=""):
+    def start(self, argv, log, die_at=0, number=signal.SIGKILL, file_size=None):
         """Start ``train.py`` with the arguments ``argv``; what it prints goes to the files ``log`` and ``log.err``.
 
         Args:
             die_at: number of the event, from 1 on, at which it sends itself the signal ``number``; 0: none. Or a pair:
                 the event's name and its number among those of that name.
-            prepare: a function of ``hooks.py`` to call first.
+            file_size: bytes that no file may be larger than, as if the disk were full.
         """
-        job = {"argv": list(map(str, argv)), "log": str(log), "die_at": die_at, "number": number, "prepare": prepare}
+        job = {
+            "argv": list(map(str, argv)),
+            "log": str(log),
+            "die_at": die_at,
+            "number": number,
+            "file_size": file_size,
+        }
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
 
@@ -114,7 +120,8 @@ class HalfWritten:
 
 def one_run(job):
     """In the child: a run, and what it says of itself."""
-    import hooks
+    import resource
+
     import torch
 
     import train
@@ -126,8 +133,8 @@ def one_run(job):
     sys.argv = ["train.py", *job["argv"]]
     sys.orig_argv = [sys.executable, *sys.argv]
     torch.set_num_threads(1)
-    if job["prepare"]:
-        getattr(hooks, job["prepare"])()
+    if job["file_size"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size"], job["file_size"]))
     train.collect_env_info = str  # takes a second
     built = []
     original = train.build_trainer
@@ -151,7 +158,7 @@ def one_run(job):
 
 
 def main():
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "soak")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import torch.utils.tensorboard  # noqa: F401 (what takes so long)
 
     import train  # noqa: F401

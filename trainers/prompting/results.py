@@ -91,13 +91,14 @@ def read_results(folder: str) -> dict[str, Any]:
 def is_finished(folder: str) -> bool:
     """Whether there are results; with a line on stderr where the file is damaged, which counts as none."""
     try:
-        results = read_results(folder)
-        return isinstance(results["metrics"], dict)
+        if isinstance(read_results(folder)["metrics"], dict):
+            return True
     except FileNotFoundError:
         return False
-    except (ValueError, KeyError, TypeError):
-        print(f"WARNING: {os.path.join(folder, NAME)} is damaged: the run counts as unfinished", file=sys.stderr)
-        return False
+    except (ValueError, KeyError, TypeError):  # empty, cut, something else
+        pass
+    print(f"WARNING: {os.path.join(folder, NAME)} is damaged: the run counts as unfinished", file=sys.stderr)
+    return False
 
 
 def harmonic_mean(base: float, new: float) -> float:

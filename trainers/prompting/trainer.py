@@ -349,6 +349,12 @@ class PromptTrainer(TrainerX):
                 raise
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error}; {self._keep_last_epoch()}") from error
+            except OSError as error:
+                if (
+                    error.errno and error.filename is None
+                ):  # TensorBoard and Dassl's log do not say where the disk is full
+                    raise type(error)(error.errno, error.strerror, self.cfg.OUTPUT_DIR) from error
+                raise
 
     def _keep_last_epoch(self) -> str:
         """Write the checkpoint of the last whole epoch unless there is one. Returns where it is, in words."""
