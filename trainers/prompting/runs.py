@@ -109,6 +109,17 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, known)
 
 
+@contextmanager
+def quiet_threads() -> Iterator[None]:
+    """No traceback of a thread that could not write: TensorBoard's raises the error again where the next number comes."""
+    known = threading.excepthook
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else known(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = known
+
+
 def command() -> str:
     """The command line of this process, to be typed again."""
     words = getattr(sys, "orig_argv", [sys.executable, *sys.argv])  # Python 3.9 does not have it

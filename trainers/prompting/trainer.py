@@ -54,7 +54,7 @@ from .features import FeatureStore, ImageBatch, NotAStore, encoder_key, image_ke
 from .images import DecodedImages, decoded_size, read_image
 from .names import flat_config, matching_names, relative_path
 from .results import remove_leftovers, write_results, write_text
-from .runs import Stopped, command, locked, stoppable
+from .runs import Stopped, command, locked, quiet_threads, stoppable
 
 PRECISIONS = ("fp16", "fp32", "amp")
 IDENTITY = ("TRAINER.NAME", "MODEL.BACKBONE.NAME")  # without these the same a checkpoint means nothing
@@ -338,7 +338,7 @@ class PromptTrainer(TrainerX):
         if self.prompt_learner is None:
             raise UserError(f"{self.cfg.TRAINER.NAME} has nothing to train: add --eval-only")
         self.watch = CollapseWatch(self.num_classes)
-        with locked(self.cfg.OUTPUT_DIR), stoppable():
+        with locked(self.cfg.OUTPUT_DIR), stoppable(), quiet_threads():
             for folder in (self.cfg.OUTPUT_DIR, os.path.join(self.cfg.OUTPUT_DIR, PROMPT_LEARNER)):
                 remove_leftovers(folder)
             try:
