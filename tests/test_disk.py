@@ -60,7 +60,7 @@ def test_a_full_disk(make, whole, tmp_path):  # noqa: F811
 def test_a_limit_on_files(make, whole):  # noqa: F811
     """The same where nothing can be mounted: no file may become as large as a checkpoint."""
     unbroken, _ = whole("stages")
-    place = make("stages", "TRAIN.DECODED_GB", 0)  # shared memory counts as a file
+    place = make("stages", "TRAIN.DECODED_GB", 0.0)  # shared memory counts as a file
     assert place.run(die_at=in_epoch(3))[0] == -signal.SIGKILL
     size = (place.checkpoints / "model.pth.tar-2").stat().st_size
     assert place.run(file_size=size - 100)[0] == 2

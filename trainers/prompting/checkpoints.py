@@ -131,9 +131,9 @@ def random_states() -> dict[str, Any]:
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
-        "python": {"version": version, "numbers": torch.tensor(numbers), "gauss": gauss},
+        "python": {"version": version, "numbers": _signed(numbers), "gauss": gauss},
         "numpy": {
-            **{"kind": kind, "keys": torch.tensor(keys.tolist()), "position": int(position)},
+            **{"kind": kind, "keys": _signed(keys), "position": int(position)},
             **{"has_gauss": int(has_gauss), "cached": float(cached)},
         },
         "torch": torch.get_rng_state(),
@@ -147,9 +147,18 @@ def set_random_states(states: Any) -> None:
         torch.set_rng_state(states)
         return
     python, numpy = states["python"], states["numpy"]
-    random.setstate((python["version"], tuple(python["numbers"].tolist()), python["gauss"]))
-    keys = np.array(numpy["keys"].tolist(), dtype=np.uint32)
+    random.setstate((python["version"], tuple(_unsigned(python["numbers"]).tolist()), python["gauss"]))
+    keys = _unsigned(numpy["keys"])
     np.random.set_state((numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
     torch.set_rng_state(states["torch"])
     if len(states["cuda"]) == torch.cuda.device_count() and states["cuda"]:
         torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _signed(numbers: Any) -> torch.Tensor:
+    """Numbers below 2**32 as a tensor; torch 2.0 has no unsigned type of that size."""
+    return torch.from_numpy(np.array(numbers, dtype=np.uint32).view(np.int32))
+
+
+def _unsigned(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.numpy().view(np.uint32)

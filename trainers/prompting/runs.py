@@ -111,7 +111,7 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def quiet_threads() -> Iterator[None]:
-    """No traceback of a thread that could not write: TensorBoard's raises the error again where the next number comes."""
+    """No traceback of a thread that could not write: TensorBoard's raises the error again with the next number."""
     known = threading.excepthook
     threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else known(args)
     try:
