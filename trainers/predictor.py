@@ -583,7 +583,7 @@ def _draw(explanation: Explanation) -> Image.Image:
     canvas, pen = _canvas(explanation, fonts, width, height)
     canvas.paste(explanation.image.resize((CELL, CELL), Image.Resampling.BICUBIC), (MARGIN, top))
     y = top + CELL + 8
-    for i, line in enumerate(("the image x", "", "and beside it x_c, with the", "name of each candidate c")):
+    for i, line in enumerate(("the image x", "x_c: with the name of c")):
         pen.text((MARGIN, y + i * LINE), line, fill=INK if i == 0 else SOFT, font=fonts.plain)
     for i, (candidate, lines) in enumerate(zip(candidates, names)):
         x = MARGIN + (i + 1) * (CELL + GAP)
