@@ -45,10 +45,10 @@ def tree(data_root, rn_file, tmp_path_factory):
         for seed in (1, 2):
             trained = root / "train_base" / f"seed{seed}"
             flags = ["--eval-only", "--model-dir", trained]
-            new = ["DATASET.SUBSAMPLE_CLASSES", "new"]
+            tested, new = root / "test_new" / f"seed{seed}", ["DATASET.SUBSAMPLE_CLASSES", "new"]
             for argv in (
                 arguments("LoGoPrompt", data_root, rn_file, trained, "TEST.FINAL_MODEL", "best_val", seed=seed),
-                arguments("LoGoPrompt", data_root, rn_file, root / "test_new" / f"seed{seed}", *new, flags=flags, seed=seed),
+                arguments("LoGoPrompt", data_root, rn_file, tested, *new, flags=flags, seed=seed),
             ):
                 assert train.main(argv) == 0
                 sys.stdout.flush()

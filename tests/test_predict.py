@@ -18,6 +18,9 @@ from PIL import Image, ImageDraw
 from tiny import NAMES, SIZE, arguments
 
 import predict
+import report
+import report_examples
+import report_tables
 import train
 from trainers.predictor import AHEAD, Predictor, find_images
 from trainers.prompting.errors import UserError
@@ -102,7 +105,9 @@ def test_predictions_are_those_of_the_evaluation(runs, data_root, tmp_path, name
     assert predictor.classnames == BASE
     paths = list(seen)
     with torch.no_grad():
-        raw = [s for batch in predictor._batches([data_root / p for p in paths]) for s in predictor._predict(batch, 5)[2]]
+        raw = [
+            s for batch in predictor._batches([data_root / p for p in paths]) for s in predictor._predict(batch, 5)[2]
+        ]
     assert all(torch.equal(score, seen[path]) for score, path in zip(raw, paths))  # to the last bit
     logits = VARIANTS[name][0] != "LoGoPrompt"
     for path, result in zip(paths, predictor([data_root / p for p in paths], top=99)):
@@ -137,8 +142,9 @@ def test_an_evaluation_folder_serves_the_model_and_the_classes_it_evaluated(runs
     flags = ["--eval-only", "--model-dir", trained]
     folder, seen = runs("two-stage", "DATASET.SUBSAMPLE_CLASSES", "new", flags=flags, folder="evaluated")
     named = [data_root / path for path in seen]
-    for predictor in (Predictor(folder), Predictor(trained, NEW), Predictor(trained, [n.replace("_", " ") for n in NEW])):
-        assert [name.replace(" ", "_") for name in predictor.classnames] == [name.replace(" ", "_") for name in NEW]
+    spelt = [name.replace("_", " ") for name in NEW]
+    for predictor in (Predictor(folder), Predictor(trained, NEW), Predictor(trained, spelt)):
+        assert [name.replace("_", " ") for name in predictor.classnames] == spelt
         for path, result in zip(seen, predictor(named, top=99)):
             same(result, seen[path], predictor.classnames, False)
     # the data set is gone, and with it what says the classes
@@ -193,6 +199,10 @@ def rotated(path):
     drawing(size=(90, 50)).save(path, exif=exif, quality=95)
 
 
+def grey16():
+    return Image.fromarray(np.linspace(0, 65535, 90 * 70).reshape(70, 90).astype(np.uint16))
+
+
 def palette(path):
     image = drawing().quantize(8)
     image.info["transparency"] = 0
@@ -201,7 +211,7 @@ def palette(path):
 
 ODD = {
     "cmyk.jpg": lambda path: drawing("CMYK").save(path, quality=95),
-    "grey16.png": lambda path: Image.fromarray(np.linspace(0, 65535, 90 * 70).reshape(70, 90).astype(np.uint16)).save(path),
+    "grey16.png": lambda path: grey16().save(path),
     "grey.png": lambda path: drawing("L").save(path),
     "alpha.png": lambda path: drawing("RGBA").save(path),
     "palette.png": palette,
@@ -222,7 +232,11 @@ BROKEN = {
     "gone.jpg": lambda path: path.symlink_to("nowhere.jpg"),
     "pipe.jpg": os.mkfifo,
 }
-REASONS = {"thin.png": "200000x1 pixels are too long and thin", "gone.jpg": "no image file at", "pipe.jpg": "not a file"}
+REASONS = {
+    "thin.png": "200000x1 pixels are too long and thin",
+    "gone.jpg": "no image file at",
+    "pipe.jpg": "not a file",
+}
 
 
 @pytest.fixture
@@ -542,3 +556,58 @@ def test_the_api_as_the_readme_has_it(runs, odd, tmp_path):
     assert done.returncode == 0, done.stderr
     assert str(odd / "grey.png") in done.stdout and BASE[0] in done.stdout
     assert Image.open(tmp_path / "why.jpg").width > SIZE
+
+
+# ------------------------------------------------------------------------------------------------- in a report
+
+
+def as_run(folder, method, seed=1):
+    """What tools/report.py knows of a run."""
+    about = ("kind", "scope", method, "rn", "cfg", "Caltech101", 4, seed, "base", 50.0, False, True)
+    return report_tables.Run(str(folder), *about)
+
+
+def test_a_report_shows_predictions_of_a_run(runs, data_root):
+    folder, seen = runs("two-stage")
+    others = [as_run(runs("CoOp")[0], "CoOp"), as_run(folder, "LoGoPrompt", seed=2), as_run(folder, "LoGoPrompt")]
+    examples, run, why = report_examples.predictions(others, 3)
+    assert len(examples) == 3 and why == "" and (run.method, run.seed) == ("LoGoPrompt", 1)
+    assert len({example.truth for example in examples}) == 3
+    by_name = {"/".join(Path(path).parts[-2:]): path for path in seen}
+    predictor = Predictor(folder)
+    for example in examples:
+        path = by_name[example.name]
+        assert example.truth == example.name.split("/")[0]
+        found = next(predictor.explain([data_root / path]))
+        assert example.rows == [(c.classname, f"{c.original:.3f}", f"{c.conditional:.3f}") for c in found.candidates]
+        predicted = BASE[int(seen[path].argmax())]
+        assert example.rows[example.selected][0] == predicted and example.right == (predicted == example.truth)
+        assert example.image == report_examples.uri(found.image)
+        assert example.winner == report_examples.uri(found.candidates[found.selected].picture)
+    alone, _, _ = report_examples.predictions(others[:1], 2)
+    assert [example.winner for example in alone] == ["", ""] and all(row[2] == "" for row in alone[0].rows)
+
+
+def test_a_report_without_data_or_weights_says_so(runs, data_root, rn_file, tmp_path):
+    for name, old in (("data", data_root), ("weights.pt", rn_file)):
+        folder = shutil.copytree(runs("two-stage")[0], tmp_path / name.split(".")[0])
+        config = (folder / "config.yaml").read_text()
+        assert str(old) in config
+        (folder / "config.yaml").write_text(config.replace(str(old), str(tmp_path / "gone" / name)))
+        examples, run, why = report_examples.predictions([as_run(folder, "LoGoPrompt")], 3)
+        assert not examples and run is None and str(tmp_path / "gone" / name) in why and "\n" not in why
+    # then another run has to do
+    usable = as_run(runs("CoOp")[0], "CoOp")
+    assert report_examples.predictions([as_run(folder, "LoGoPrompt"), usable], 2)[1] == usable
+
+
+def test_the_page_shows_predictions(runs, tmp_path, capsys):
+    out, folder = tmp_path / "out", runs("two-stage")[0]
+    assert report.main([str(folder), "--seeds", "1", "--partial", "--out", str(out), "--predictions", "4"]) == 0
+    page = (out / "report.html").read_text()
+    assert (
+        page.count('<div class="pair"><img src="data:image/jpeg;base64,') == 4 == page.count("The same with the name")
+    )
+    assert "Example predictions" in page and "no example predictions" not in capsys.readouterr().err
+    assert report.main([str(folder), "--seeds", "1", "--partial", "--out", str(out), "--predictions", "0"]) == 0
+    assert "Example predictions" not in (out / "report.html").read_text()

@@ -175,8 +175,11 @@ def read_examples(folder: Path) -> list[tuple[str, str]]:
 
 
 def page(
-    report: Report, figures: Sequence[Plot], predicted: tuple[Sequence[Example], Optional[Run]],
-    examples: Sequence[tuple[str, str]], source: str,
+    report: Report,
+    figures: Sequence[Plot],
+    predicted: tuple[Sequence[Example], Optional[Run]],
+    examples: Sequence[tuple[str, str]],
+    source: str,
 ) -> str:
     """``report.html``: CSS and pictures inside.
 

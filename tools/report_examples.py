@@ -90,10 +90,11 @@ def _predict(run: Run, n: int) -> list[Example]:
     if not found:
         raise ValueError("none of its test images can be read")
     changed = [e for e in found if e.selected != 0][: n // 2]
-    others = [e for e in found if all(e is not c for c in changed)]
-    left = n - len(changed)
-    others = others[:: max(1, len(others) // left)][:left]
-    return [_example(e, picked[e.prediction.path]) for e in (*changed, *others)]
+    chosen, rest = changed, [e for e in found if all(e is not c for c in changed)]
+    while rest and len(chosen) < n:  # classes that are not shown yet go first
+        there = {picked[e.prediction.path] for e in chosen}
+        chosen.append(rest.pop(next((i for i, e in enumerate(rest) if picked[e.prediction.path] not in there), 0)))
+    return [_example(e, picked[e.prediction.path]) for e in chosen]
 
 
 def _example(explanation: Any, truth: str) -> Example:

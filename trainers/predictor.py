@@ -331,9 +331,9 @@ class Predictor:
                 names, _ = survey(self.cfg)
             except UserError as error:
                 raise UserError(f"{model_dir} does not say its classes: give --classnames ({error})") from error
-        if self.cfg.TRAINER.NAME == "CoOp" and self.cfg.TRAINER.COOP.CSC and trained is not None:
-            if list(map(clean_name, names)) != list(map(clean_name, trained)):
-                raise UserError(f"{folder}: its class-specific contexts (TRAINER.COOP.CSC) serve no other classes")
+        specific = self.cfg.TRAINER.NAME == "CoOp" and self.cfg.TRAINER.COOP.CSC
+        if specific and trained and list(map(clean_name, names)) != list(map(clean_name, trained)):
+            raise UserError(f"{folder}: its class-specific contexts (TRAINER.COOP.CSC) serve no other classes")
         return names
 
     def _adapt(self, backbone: str) -> None:
@@ -383,9 +383,7 @@ class Predictor:
 
     def _batches(self, images: Iterable[Union[Named, Source]]) -> Iterator[list[tuple[Source, Any]]]:
         """(source, (3, H, H) pixels or why there are none) of ``batch_size`` images at a time."""
-        sources = (
-            source for item in images for source in ([item] if isinstance(item, Source) else self.find([item]))
-        )
+        sources = (source for item in images for source in ([item] if isinstance(item, Source) else self.find([item])))
         read = self._read_ahead(sources)
         try:
             while batch := list(islice(read, self.batch_size)):
