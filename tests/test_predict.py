@@ -148,6 +148,7 @@ def test_an_evaluation_folder_serves_the_model_and_the_classes_it_evaluated(runs
         for path, result in zip(seen, predictor(named, top=99)):
             same(result, seen[path], predictor.classnames, False)
     # the data set is gone, and with it what says the classes
+    (tmp_path / "gone").mkdir()
     with pytest.raises(UserError, match="does not say its classes: give --classnames"):
         Predictor(folder, root=str(tmp_path / "gone"))
     assert Predictor(folder, NEW, root=str(tmp_path / "gone")).classnames == NEW
@@ -299,6 +300,41 @@ def test_what_may_not_be_read(predictor, odd):
             path.chmod(0o755)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_no_text(command, runs, tmp_path):
+    folder, out = tmp_path / "images", tmp_path / "why"
+    folder.mkdir()
+    drawing().save(folder / "plain.png")
+    path = os.path.join(os.fsencode(folder), b"caf\xe9.png")
+    os.rename(folder / "plain.png", path)
+    named = [folder, os.fsdecode(path)]
+    status, lines, errors = command(*named, "--model-dir", runs("two-stage")[0], "--explain", out)
+    assert status == 0 and errors == [] and [os.fsencode(line["path"]) for line in lines] == [path, path]
+    assert len(list(out.iterdir())) == 2
+
+
+def test_one_large_image_at_a_time(predictor, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainers.predictor.LARGE", 100 * 70)
+    monkeypatch.setattr("trainers.predictor.THREADS", 4)
+    drawing().save(tmp_path / "small.png")
+    drawing(size=(200, 100)).save(tmp_path / "large.png")
+    at_once, most = [], {"small.png": 0, "large.png": 0}
+
+    def slowly(path):
+        at_once.append(os.path.basename(path))
+        time.sleep(0.02)
+        for name in most:
+            most[name] = max(most[name], at_once.count(name))
+        image = read_image(path)
+        at_once.remove(os.path.basename(path))
+        return image
+
+    monkeypatch.setattr("trainers.predictor.read_image", slowly)
+    results = list(predictor([tmp_path / "small.png"] * 8 + [tmp_path / "large.png"] * 8))
+    assert len(results) == 16 and not any(r.error for r in results)
+    assert most["large.png"] == 1 and most["small.png"] > 1
+
+
 # ------------------------------------------------------------------------------------------------- streaming
 
 
@@ -431,6 +467,7 @@ def test_mistakes_end_in_one_line(command, runs, odd, data_root, tmp_path):
     rubbish.mkdir()
     (rubbish / "config.yaml").write_text("a: [b")
     for words, said in (
+        (("--model-dir", folder, "--root", tmp_path / "away"), f"{tmp_path / 'away'}: no such folder (--root)"),
         (("--model-dir", tmp_path / "nowhere"), f"{tmp_path / 'nowhere' / 'config.yaml'}: no such folder"),
         (("--model-dir", tmp_path), f"{tmp_path / 'config.yaml'}: no such file"),
         (("--model-dir", rubbish), f"{rubbish / 'config.yaml'}: not the config of a run"),
@@ -442,8 +479,9 @@ def test_mistakes_end_in_one_line(command, runs, odd, data_root, tmp_path):
         (("--model-dir", folder, "--classnames", "a", "熊猫"), "FONT"),
         (("--model-dir", folder, "--out", tmp_path / "no" / "folder"), str(tmp_path / "no" / "folder")),
         (("--model-dir", folder, "--explain", image / "below"), str(image)),
+        (("--model-dir", folder, "--explain", odd / "why"), f"lies in {odd}"),
     ):
-        status, lines, errors = command(image, *words)
+        status, lines, errors = command(image, odd if "lies in" in said else image, *words)
         assert status == 2 and lines == [] and len(errors) == 1, errors
         assert errors[0].startswith("error: ") and said in errors[0], errors
     for words in (("--top", "0"), ("--batch-size", "0")):

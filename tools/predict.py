@@ -23,7 +23,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -106,9 +106,9 @@ class Pictures:
         self.names: Counter[str] = Counter()
         (out.parent if self.sheet else out).mkdir(parents=True, exist_ok=True)
 
-    def add(self, explanation: Explanation, relative: str) -> None:
+    def add(self, explanation: Explanation) -> None:
         if not self.sheet:
-            safe = re.sub(r"[^\w.-]+", "_", printable(relative))
+            safe = re.sub(r"[^\w.-]+", "_", explanation.prediction.relative)
             self.names[safe] += 1
             again = f"-{self.names[safe]}" if self.names[safe] > 1 else ""
             explanation.draw().save(self.out / f"{safe}{again}.jpg", quality=90)
@@ -124,16 +124,14 @@ class Pictures:
             print(f"{self.out}: the first {ROWS} images; name a folder for a picture of each", file=sys.stderr)
 
 
-def remember(sources: Iterable[Any], names: dict[str, str]) -> Iterator[Any]:
-    """Sources as they are, their relative paths kept until they are asked for."""
-    for source in sources:
-        names[source.path] = source.relative
-        yield source
-
-
 def predict(args: argparse.Namespace, out: Callable[[Predictor], Callable[[Prediction], None]], quiet: bool) -> int:
     """Returns the number of images that failed."""
     classnames = read_classnames(args.classnames) if args.classnames else None
+    for folder in filter(os.path.isdir, args.images if args.explain else ()):
+        if Path(args.explain).resolve().is_relative_to(Path(folder).resolve()):
+            raise UserError(
+                f"--explain {args.explain}: lies in {folder}, whose images are predicted; name another place"
+            )
     pictures = Pictures(args.explain) if args.explain else None
     predictor = Predictor(
         args.model_dir, classnames, epoch=args.load_epoch, backbone=args.backbone, root=args.root,
@@ -142,10 +140,9 @@ def predict(args: argparse.Namespace, out: Callable[[Predictor], Callable[[Predi
     write = out(predictor)
     total = None if quiet else sum(1 for _ in find_images(args.images))
     skipped: Counter[str] = Counter()
-    names: dict[str, str] = {}
     sources = predictor.find(args.images, lambda path: skipped.update(["files"]))
     if pictures:
-        results: Iterable[Any] = predictor.explain(remember(sources, names), args.top)
+        results: Iterable[Any] = predictor.explain(sources, args.top)
     else:
         results = predictor(sources, args.top)
     done = failed = 0
@@ -157,10 +154,8 @@ def predict(args: argparse.Namespace, out: Callable[[Predictor], Callable[[Predi
             if prediction.error:
                 failed += 1
                 tqdm.write(f"error: {printable(prediction.error)}", file=sys.stderr)
-            if pictures:
-                relative = names.pop(prediction.path, "")
-                if not prediction.error:
-                    pictures.add(result, relative)
+            elif pictures:
+                pictures.add(result)
     finally:
         if pictures:
             pictures.close()
@@ -222,7 +217,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except (UserError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            named = isinstance(error, OSError) and error.filename and error.strerror
+            print(f"error: {error.filename}: {error.strerror}" if named else f"error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             return 130

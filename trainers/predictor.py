@@ -20,9 +20,10 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from itertools import islice
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Optional, Union
 
@@ -52,8 +53,9 @@ from .prompting.synthetic import paste
 from .prompting.trainer import PROMPT_LEARNER, PromptTrainer, find_checkpoint, read_checkpoint
 from .zsclip import ZeroshotCLIP
 
-SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".apng", ".avif")  # what is an image in a folder
+SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".apng")  # what is an image in a folder
 THREADS = min(8, os.cpu_count() or 1)  # decode images while others are scored
+LARGE = 2**24  # pixels; of images that have more one at a time is decoded
 AHEAD = 2  # batches that are read before they are needed: what memory depends on, beside the batch size
 NOTES = ("Not in ", "Visual prompts too small")  # of what is said while a model is made: worth passing on
 
@@ -121,11 +123,9 @@ def _walk(
 
 
 def _relative(path: str, roots: Sequence[str]) -> str:
-    for root in roots:
-        relative = relative_path(path, root)
-        if not relative.startswith("../"):
-            return relative
-    return os.path.basename(path)
+    below = (relative_path(path, root) for root in roots)
+    found = next((relative for relative in below if not relative.startswith("../")), os.path.basename(path))
+    return found.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a name may be no text
 
 
 # ------------------------------------------------------------------------------------------------- the run
@@ -190,12 +190,14 @@ class Prediction:
         classes: at most ``top`` class names, the best first.
         scores: of each, in [0, 1]: p(c|x); for LoGoPrompt max(p(c|x), p(c|x_c)), and its K candidates only.
         error: why there is no prediction, one line; empty where there is one.
+        relative: path below the data root, see :func:`find_images`.
     """
 
     path: str
     classes: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     error: str = ""
+    relative: str = ""
 
 
 @dataclass
@@ -266,6 +268,8 @@ class Predictor:
     ) -> None:
         model_dir = os.path.expanduser(os.fspath(model_dir))
         cfg = self.cfg = run_config(model_dir)
+        if root and not os.path.isdir(os.path.expanduser(root)):
+            raise UserError(f"{root}: no such folder (--root)")
         cfg.DATASET.ROOT = root or cfg.DATASET.ROOT
         self.roots = [cfg.DATASET.ROOT] if cfg.DATASET.ROOT else []
         self.batch_size = batch_size or cfg.DATALOADER.TEST.BATCH_SIZE
@@ -288,6 +292,7 @@ class Predictor:
         for line in said.getvalue().splitlines():
             if line.startswith(NOTES):
                 print(line, file=sys.stderr)
+        self._large = Lock()
         # Pixels of a prepared image -> RGB in [0, 1]; as in the model itself.
         mean, std = torch.zeros(3), torch.ones(3)
         if "normalize" in cfg.INPUT.TRANSFORMS:
@@ -417,13 +422,12 @@ class Predictor:
         except OSError:
             pass  # read_image says why
         try:
-            image = read_image(source.path)
-            across, along = sorted(image.size)
-            edge = max(self.cfg.INPUT.SIZE)
-            if along / across * edge**2 > Image.MAX_IMAGE_PIXELS:  # its shorter side becomes `edge` before the crop
-                width, height = image.size
+            width, height = _size(source.path)
+            # The transform brings the shorter side to the model's size before it crops.
+            if max(width, height) / min(width, height) * max(self.cfg.INPUT.SIZE) ** 2 > Image.MAX_IMAGE_PIXELS:
                 return f"{_one_line(source.path)}: {width}x{height} pixels are too long and thin to be resized"
-            return self.transform(image)
+            with self._large if width * height > LARGE else nullcontext():
+                return self.transform(read_image(source.path))
         except OSError as error:
             return str(error)
         except Exception as error:  # noqa: BLE001 (one image must not end the batch)
@@ -453,14 +457,15 @@ class Predictor:
         predictions = []
         for source, pixels in batch:
             if isinstance(pixels, str):
-                predictions.append(Prediction(source.path, error=pixels))
+                predictions.append(Prediction(source.path, error=pixels, relative=source.relative))
                 continue
             labels, values = next(rows)
             if any(map(math.isnan, values)):
                 why = f"{_one_line(source.path)}: the model's scores are not numbers"
-                predictions.append(Prediction(source.path, error=why))
+                predictions.append(Prediction(source.path, error=why, relative=source.relative))
             else:
-                predictions.append(Prediction(source.path, [self.classnames[i] for i in labels], values))
+                names = [self.classnames[i] for i in labels]
+                predictions.append(Prediction(source.path, names, values, relative=source.relative))
         return predictions, encoded, scores
 
     def _ranked(self, scores: torch.Tensor, top: int) -> list[tuple[list[int], list[float]]]:
@@ -516,6 +521,15 @@ class Predictor:
     def _picture(self, pixels: torch.Tensor) -> Image.Image:
         """(3, H, H) prepared pixels -> RGB."""
         return to_pil_image((pixels.cpu().float() * self._std + self._mean).clamp(0, 1))
+
+
+def _size(path: str) -> tuple[int, int]:
+    """Width and height by a file's header; 1 and 1 where that cannot be read, which read_image tells better."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception:  # noqa: BLE001 (of any kind, as Pillow's errors are)
+        return 1, 1
 
 
 def _one_line(text: str) -> str:
