@@ -626,7 +626,7 @@ def test_a_report_shows_predictions_of_a_run(runs, data_root):
     assert [example.winner for example in alone] == ["", ""] and all(row[2] == "" for row in alone[0].rows)
 
 
-def test_a_report_without_data_or_weights_says_so(runs, data_root, rn_file, tmp_path):
+def test_a_report_without_data_or_weights_says_so(runs, data_root, rn_file, tmp_path, monkeypatch):
     for name, old in (("data", data_root), ("weights.pt", rn_file)):
         folder = shutil.copytree(runs("two-stage")[0], tmp_path / name.split(".")[0])
         config = (folder / "config.yaml").read_text()
@@ -634,6 +634,13 @@ def test_a_report_without_data_or_weights_says_so(runs, data_root, rn_file, tmp_
         (folder / "config.yaml").write_text(config.replace(str(old), str(tmp_path / "gone" / name)))
         examples, run, why = report_examples.predictions([as_run(folder, "LoGoPrompt")], 3)
         assert not examples and run is None and str(tmp_path / "gone" / name) in why and "\n" not in why
+    # nothing is downloaded
+    monkeypatch.setattr("trainers.prompting.backbone.CACHE", str(tmp_path))
+    folder = shutil.copytree(runs("two-stage")[0], tmp_path / "openai")
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace(str(rn_file), "ViT-B/16"))
+    examples, run, why = report_examples.predictions([as_run(folder, "LoGoPrompt")], 3)
+    assert not examples and f"the weights of ViT-B/16 are not in {tmp_path}" in why
     # then another run has to do
     usable = as_run(runs("CoOp")[0], "CoOp")
     assert report_examples.predictions([as_run(folder, "LoGoPrompt"), usable], 2)[1] == usable

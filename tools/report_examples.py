@@ -70,8 +70,10 @@ def predictions(runs: Sequence[Run], n: int) -> tuple[list[Example], Optional[Ru
 
 def _predict(run: Run, n: int) -> list[Example]:
     from trainers.predictor import Predictor, run_config, survey  # takes seconds to import
+    from trainers.prompting.backbone import CACHE, OPENAI_NAMES
 
-    classnames, test = survey(run_config(run.folder))
+    cfg = run_config(run.folder)
+    classnames, test = survey(cfg)
     of_class: dict[int, list[str]] = {}
     for path, label in test:
         of_class.setdefault(label, []).append(path)
@@ -85,6 +87,9 @@ def _predict(run: Run, n: int) -> list[Example]:
     missing = next((path for path in picked if not os.path.isfile(path)), None)
     if missing:  # before weights are read
         raise FileNotFoundError(f"{missing}: no such file")
+    name = cfg.MODEL.BACKBONE.NAME
+    if name in OPENAI_NAMES and not list(Path(CACHE).expanduser().glob(f"{OPENAI_NAMES[name]}*.pt")):
+        raise FileNotFoundError(f"the weights of {name} are not in {CACHE}")  # a report downloads nothing
     predictor = Predictor(run.folder, classnames)
     found = [e for e in tqdm(predictor.explain(picked), total=len(picked), disable=None) if not e.prediction.error]
     if not found:
