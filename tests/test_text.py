@@ -184,7 +184,7 @@ def test_a_shared_context_is_not_copied_for_every_class(backbone):
 @pytest.mark.parametrize("chunk", [1, 2, 4, 100])
 @pytest.mark.parametrize("csc", [False, True])
 def test_chunks_of_classes_change_nothing_but_what_is_kept(backbone, monkeypatch, chunk, csc):
-    """Values and gradients in chunks equal those of all classes at once; of the layers less is kept for the gradient."""
+    """Values and gradients in chunks equal those of all classes at once; less is kept for the gradient."""
     monkeypatch.setattr(text, "WORTH_A_PASS", 10)  # some chunks are buckets of one length
     learner = PromptLearner(backbone, LENGTHS, 4, csc=csc)
     weights = torch.randn(len(LENGTHS), backbone.text_projection.shape[1], dtype=torch.float64)
