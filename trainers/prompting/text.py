@@ -161,12 +161,12 @@ def _attend(
     n, length, p = q.shape[2], q.shape[3], k_before.shape[2]
     q = (q * q.shape[-1] ** -0.5).contiguous()
     to_prefix = (q.flatten(2, 3) @ k_before.transpose(-1, -2)).unflatten(2, (n, length))  # (B, heads, C, S, P)
-    later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-    to_own = (q @ k.transpose(-1, -2)).masked_fill(later, -torch.inf)  # (B, heads, C, S, S)
+    later = torch.full((length, length), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    to_own = q @ k.transpose(-1, -2) + later  # (B, heads, C, S, S)
     scores = torch.cat([to_prefix, to_own], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
-    of_prefix = (weights[..., :p].flatten(2, 3) @ v_before).unflatten(2, (n, length))
-    return of_prefix + weights[..., p:] @ v
+    to_prefix, to_own = weights.split([p, length], dim=-1)
+    return (to_prefix.flatten(2, 3) @ v_before).unflatten(2, (n, length)) + to_own @ v
 
 
 def _alike(lengths: list[int]) -> list[list[int]]:
