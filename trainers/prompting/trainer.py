@@ -10,7 +10,6 @@ import inspect
 import os
 import pickle
 import sqlite3
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
