@@ -346,6 +346,7 @@ class Predictor:
         cfg = self.cfg
         cfg.OUTPUT_DIR = os.devnull  # nothing is written
         cfg.MODEL.INIT_WEIGHTS = ""
+        cfg.TRAIN.COMPILE = False  # would take minutes
         cfg.TRAINER.LOGOPROMPT.VIEWS, cfg.TRAINER.LOGOPROMPT.ADAPTER_SEARCH = 0, False
         if backbone:
             cfg.MODEL.BACKBONE.NAME = backbone
