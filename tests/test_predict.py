@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trees
 from conftest import ROOT
 from PIL import Image, ImageDraw
+from test_datasets import config
 from tiny import NAMES, SIZE, arguments
 
 import predict
@@ -22,7 +24,7 @@ import report
 import report_examples
 import report_tables
 import train
-from trainers.predictor import AHEAD, Predictor, find_images
+from trainers.predictor import AHEAD, Predictor, find_images, survey
 from trainers.prompting.errors import UserError
 from trainers.prompting.images import read_image
 from trainers.prompting.synthetic import fixed_places
@@ -154,6 +156,22 @@ def test_an_evaluation_folder_serves_the_model_and_the_classes_it_evaluated(runs
     assert Predictor(folder, NEW, root=str(tmp_path / "gone")).classnames == NEW
     with pytest.raises(UserError, match="--classnames"):
         Predictor(runs("ZeroshotCLIP")[0], root=str(tmp_path / "gone"))
+
+
+@pytest.mark.parametrize("make", trees.ALL, ids=lambda make: make.__name__)
+def test_the_classes_of_every_data_set(tmp_path, make):
+    from dassl.data.datasets import build_dataset
+
+    tree = make(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for subset in ("all",) if make in trees.VARIANTS else ("all", "new"):
+        cfg = config(tmp_path, tree.name, 1, subset)
+        classnames, test = survey(cfg)
+        assert sorted(tmp_path.rglob("*")) == before  # nothing is written
+        dataset = build_dataset(cfg)
+        assert classnames == dataset.classnames
+        assert test == [(item.impath, item.label) for item in dataset.test]
+        before = sorted(tmp_path.rglob("*"))
 
 
 def test_new_class_names(runs, data_root):
@@ -387,6 +405,25 @@ def test_ctrl_c_leaves_whole_lines(runs, odd, tmp_path):
     )[: text.count("\n")]
 
 
+def test_a_reader_that_has_had_enough(runs, odd):
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "predict.py"),
+        "--model-dir",
+        str(runs("CoOp")[0]),
+        "--batch-size",
+        "1",
+    ]
+    environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
+    process = subprocess.Popen(
+        [*command, *[str(odd / "grey.png")] * 500], stdout=pipe, stderr=pipe, text=True, env=environment
+    )
+    assert json.loads(process.stdout.readline())["classes"]
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(timeout=60) == 141
+    process.stderr.close()
+
+
 # ------------------------------------------------------------------------------------------------- the command
 
 
@@ -538,6 +575,17 @@ def test_methods_that_look_at_the_image_alone(runs, data_root, name):
     assert [c.original for c in found.candidates] == pytest.approx(found.prediction.scores)
     assert all(c.conditional is None and c.picture is None for c in found.candidates)
     assert found.draw().width > found.draw().height > SIZE
+
+
+def test_two_classes_of_one_name(runs, data_root, monkeypatch):
+    folder, seen = runs("two-stage")
+    predictor = Predictor(folder)
+    predictor.classnames = ["same"] * 4  # as ImageNet has two cranes
+    labels = [int(seen[path].argmax()) for path in seen]
+    plain = Predictor(folder).explain([data_root / path for path in seen])
+    for found, named, label in zip(predictor.explain([data_root / path for path in seen]), plain, labels):
+        assert found.selected == named.selected
+        assert named.candidates[found.selected].classname == BASE[label]
 
 
 def test_pictures(command, runs, odd, tmp_path):

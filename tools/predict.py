@@ -11,7 +11,7 @@ A block's place depends on an image's path below the data root. For an image tha
 run's DATASET.ROOT) that is the path below the folder named here, or the file's name.
 
 Exit status: 0; 1 where images could not be read (one line each on stderr, the others are predicted); 2 for a mistake
-of the user's; 130 after Ctrl-C.
+of the user's; 130 after Ctrl-C, 141 where nobody reads stdout any more.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return 1 if predict(args, write_to, quiet) else 0
         except BrokenPipeError:  # whoever read stdout has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
+            return 141
         except (UserError, OSError) as error:
             named = isinstance(error, OSError) and error.filename and error.strerror
             print(f"error: {error.filename}: {error.strerror}" if named else f"error: {error}", file=sys.stderr)

@@ -380,8 +380,9 @@ class Predictor:
                 if prediction.error:
                     yield Explanation(prediction)
                     continue
+                best = int(top_classes(scores[row : row + 1], 1))  # by its label: two classes may have one name
+                selected = considered[0][row].tolist().index(best)
                 candidates = self._candidates(row, encoded, *considered)
-                selected = [c.classname for c in candidates].index(prediction.classes[0])
                 font = self.cfg.TRAINER.LOGOPROMPT.FONT
                 yield Explanation(prediction, self._picture(pixels), candidates, selected, font)
 
