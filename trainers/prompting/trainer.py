@@ -270,8 +270,9 @@ class PromptTrainer(TrainerX):
         self, loader: Iterable[dict[str, Any]], encode: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, E) image features in float32, ``encode`` of (B, 3, H, H), and (N,) labels of all images of a loader."""
+        bar = tqdm(loader, desc="features", disable=None, leave=False)
         with self.autocast:
-            pairs = [(encode(batch["img"].to(self.device)), batch["label"].to(self.device)) for batch in loader]
+            pairs = [(encode(batch["img"].to(self.device)), batch["label"].to(self.device)) for batch in bar]
         features, labels = zip(*pairs)
         return torch.cat(features).float(), torch.cat(labels)
 
