@@ -56,7 +56,7 @@ from .names import flat_config, matching_names, relative_path
 from .results import remove_leftovers, write_results, write_text
 from .runs import Stopped, command, locked, quiet_threads, stoppable
 
-PRECISIONS = ("fp16", "fp32", "amp")
+PRECISIONS = ("fp16", "fp32", "amp", "bf16")  # bf16: autocast like amp, in bfloat16, which needs no scaled loss
 IDENTITY = ("TRAINER.NAME", "MODEL.BACKBONE.NAME")  # without these the same a checkpoint means nothing
 # What may change between a run and its continuation without making it another run.
 FREE_KEYS = ("OUTPUT_DIR", "RESUME", "VERBOSE", "USE_CUDA", "DATASET.ROOT", "DATALOADER.NUM_WORKERS", "TRAIN.", "TEST.")
@@ -70,6 +70,8 @@ def extend_cfg(cfg: CfgNode) -> None:
     """Add the keys that all of our methods have."""
     cfg.TEST.FEATURES = ""  # file that keeps features of test images for further evaluations; empty: none are kept
     cfg.TEST.FEATURES_GB = 4.0  # gigabytes it may take
+    cfg.TRAIN.TEXT_CHUNK = 0  # classes whose prompts are encoded at a time, to save memory for time; 0: all of them
+    cfg.TRAIN.COMPILE = False  # torch.compile the image encoder: worth its minutes in long runs; changes last digits
     cfg.TRAIN.DECODED_GB = 1.0  # training images are kept decoded in memory where they take no more; 0: never
 
 
@@ -178,13 +180,17 @@ class PromptTrainer(TrainerX):
             raise UserError(
                 f"INPUT.SIZE {tuple(cfg.INPUT.SIZE)}: {cfg.MODEL.BACKBONE.NAME} takes images of ({size}, {size}) pixels"
             )
-        if self.device.type == "cpu" and prec != "fp32":
+        if self.device.type == "cpu" and prec in ("fp16", "amp"):
             print(f"PREC {prec} needs a GPU: computing in float32 on the CPU")
             prec = "fp32"
         if prec == "fp16":
             backbone.half_weights()
-        self.autocast = torch.autocast("cuda", torch.float16) if prec == "amp" else nullcontext()
+        low = {"amp": torch.float16, "bf16": torch.bfloat16}.get(prec)
+        self.autocast = nullcontext() if low is None else torch.autocast(self.device.type, low)
         self.scaler = _grad_scaler() if prec in self.scaled else None
+        self.computes = f"{prec}, compiled" if cfg.TRAIN.get("COMPILE", False) else prec
+        if cfg.TRAIN.get("COMPILE", False):
+            backbone.visual.compile()
         return backbone.to(self.device)
 
     def build_model(self) -> None:
@@ -277,6 +283,10 @@ class PromptTrainer(TrainerX):
         if self.batch_idx + 1 == self.num_batches:
             self.update_lr()
         summary = {"loss": loss.item(), "acc": accuracy}
+        if self._writer is not None:
+            step = self.epoch * self.num_batches + self.batch_idx  # Dassl's count
+            for name, value in self.curves().items():
+                self.write_scalar(f"train/{name}", float(value), step)
         self.busy += time.perf_counter() - start
         return summary
 
@@ -309,6 +319,10 @@ class PromptTrainer(TrainerX):
         where = f"epoch [{self.epoch + 1}/{self.max_epoch}] batch [{self.batch_idx + 1}/{self.num_batches}]"
         return f"{where}: {what}; images of the batch: {', '.join(paths[:NAMED])}{more}"
 
+    def curves(self) -> dict[str, torch.Tensor]:
+        """What TensorBoard shows of a training step beside loss, accuracy and learning rate: scalars by name."""
+        return {}
+
     def after_step(self) -> None:
         """Called after every step of the optimiser; nothing by default."""
 
@@ -320,8 +334,9 @@ class PromptTrainer(TrainerX):
         self, loader: Iterable[dict[str, Any]], encode: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, E) image features in float32, ``encode`` of (B, 3, H, H), and (N,) labels of all images of a loader."""
+        bar = tqdm(loader, desc="features", disable=None, leave=False)
         with self.autocast:
-            pairs = [(encode(batch["img"].to(self.device)), batch["label"].to(self.device)) for batch in loader]
+            pairs = [(encode(batch["img"].to(self.device)), batch["label"].to(self.device)) for batch in bar]
         features, labels = zip(*pairs)
         return torch.cat(features).float(), torch.cat(labels)
 
@@ -587,24 +602,34 @@ class PromptTrainer(TrainerX):
         loader = self.val_loader if split == "val" else self.test_loader
         print(f"Evaluate on the *{split}* set")
         self.predictions: dict[str, int] = {}
+        labels: dict[str, int] = {}
         with self.autocast:
             self.prompt_text = self.text_features()
-            bar = tqdm(total=len(loader.dataset), unit="image", disable=not sys.stderr.isatty())
-            with closing(bar):
+            with tqdm(total=len(loader.dataset), unit="image", disable=None) as bar:
                 for scores, label, paths in self.scored(loader):
                     self.evaluator.process(scores, label)
                     self.predictions.update(zip(paths, scores.argmax(dim=1).tolist()))
+                    labels.update(zip(paths, label.tolist()))
                     bar.update(len(paths))
         self.prompt_text = None
         self.metrics = {key: float(value) for key, value in self.evaluator.evaluate().items()}
+        self.observed = self.observe(labels)
         self.tested_split = split
-        for key, value in self.metrics.items():
+        for key, value in (self.metrics | self.observed).items():
             self.write_scalar(f"{split}/{key}", value, self.epoch)
         if self.watch is None:  # --eval-only; a training run writes its results when it ends
             with locked(self.cfg.OUTPUT_DIR):
                 self._write_config()
                 self._write_results(trained=False)
         return next(iter(self.metrics.values()))
+
+    def observe(self, labels: dict[str, int]) -> dict[str, float]:
+        """What ``results.json`` and TensorBoard say of an evaluation beside its metrics: percentages by name.
+
+        Args:
+            labels: of the images by path, like ``self.predictions``.
+        """
+        return {}
 
     def score(self, images: ImageBatch) -> torch.Tensor:
         """(B, C) scores, whose argmax is the prediction. ``self.prompt_text`` holds the text features."""
@@ -658,7 +683,9 @@ class PromptTrainer(TrainerX):
         for batch in loader:
             paths = self.relative_paths(batch)
             keys = [] if store is None else [image_key(*pair) for pair in zip(batch["impath"], paths)]
-            images = ImageBatch(self.backbone, paths, batch["img"].to(self.device), store, keys, self.model)
+            images = ImageBatch(
+                self.backbone, paths, batch["img"].to(self.device, non_blocking=True), store, keys, self.model
+            )
             yield self.score(images), batch["label"].to(self.device), paths
 
     def _kept_batch(self, items: Sequence[Any], store: FeatureStore) -> ImageBatch:
@@ -686,10 +713,9 @@ class PromptTrainer(TrainerX):
         backbone, kind = self.backbone, self.device.type
         if kind == "cuda":
             kind = torch.cuda.get_device_name(self.device)
-        precision = f"{backbone.dtype} {type(self.autocast).__name__}"
         if self._encoder_key is None:  # of all weights: once a run, not once an evaluation
-            self._encoder_key = encoder_key(backbone.visual, loader.dataset.transform, precision, kind)
-        name = f"{backbone.name}, {backbone.input_resolution} pixels, {backbone.dtype}, {kind}"
+            self._encoder_key = encoder_key(backbone.visual, loader.dataset.transform, self.computes, kind)
+        name = f"{backbone.name}, {backbone.input_resolution} pixels, {self.computes}, {kind}"
         try:
             return FeatureStore(
                 os.path.expanduser(path), self._encoder_key, name, int(self.cfg.TEST.FEATURES_GB * 2**30)
@@ -712,6 +738,7 @@ class PromptTrainer(TrainerX):
         cfg = self.cfg
         results = {
             "metrics": getattr(self, "metrics", {}),
+            "observed": getattr(self, "observed", {}),
             "split": getattr(self, "tested_split", None),
             "images": len(self.predictions) if hasattr(self, "metrics") else 0,
             "classes": self.num_classes,
@@ -731,7 +758,14 @@ class PromptTrainer(TrainerX):
             "pillow": PIL.__version__,  # it draws the names, and not to the pixel alike in all versions
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
         }
-        print(f"Results saved to {write_results(cfg.OUTPUT_DIR, results)}")
+        path, run = write_results(cfg.OUTPUT_DIR, results), results["run"]
+        tested = (
+            f"accuracy {results['metrics']['accuracy']:.2f} %" if "accuracy" in results["metrics"] else "not tested"
+        )
+        print(
+            f"{run['trainer']} on {run['dataset']}, {run['subsample_classes']} classes, {run['shots']} shots, "
+            f"seed {run['seed']}: {tested} ({results['images']:,} images). Results: {path}"
+        )
 
 
 def per_class_state(
