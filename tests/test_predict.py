@@ -5,9 +5,11 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +224,18 @@ def grey16():
     return Image.fromarray(np.linspace(0, 65535, 90 * 70).reshape(70, 90).astype(np.uint16))
 
 
+def rgb16(path):
+    """A PNG of three channels with 16 bits, which Pillow does not write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    pixels = (np.asarray(drawing(), dtype=np.uint32) * 257).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 90, 70, 16, 2, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
 def palette(path):
     image = drawing().quantize(8)
     image.info["transparency"] = 0
@@ -231,6 +245,7 @@ def palette(path):
 ODD = {
     "cmyk.jpg": lambda path: drawing("CMYK").save(path, quality=95),
     "grey16.png": lambda path: grey16().save(path),
+    "rgb16.png": rgb16,
     "grey.png": lambda path: drawing("L").save(path),
     "alpha.png": lambda path: drawing("RGBA").save(path),
     "palette.png": palette,
@@ -291,6 +306,7 @@ def test_odd_images_of_a_folder(predictor, odd):
         assert torch.equal(predictor._read(next(find_images([odd / name]))), pixels), name
     first = np.asarray(read_image(str(odd / "animated.gif")), dtype=float)
     assert np.abs(first - np.asarray(drawing(), dtype=float)).mean() < 3  # the first frame
+    assert np.array_equal(np.asarray(read_image(str(odd / "rgb16.png"))), np.asarray(drawing()))
 
 
 def test_a_damaged_image_does_not_change_the_others(predictor, odd, tmp_path):

@@ -43,6 +43,7 @@ from yacs.config import CfgNode
 import trainers
 
 from .logoprompt import LoGoPrompt
+from .prompting.checkpoints import PROMPT_LEARNER, load_checkpoint
 from .prompting.errors import UserError
 from .prompting.features import ImageBatch
 from .prompting.images import read_image
@@ -50,7 +51,7 @@ from .prompting.names import clean_name, relative_path
 from .prompting.results import read_results
 from .prompting.selection import log_probabilities, top_classes
 from .prompting.synthetic import paste
-from .prompting.trainer import PROMPT_LEARNER, PromptTrainer, find_checkpoint, read_checkpoint
+from .prompting.trainer import PromptTrainer
 from .zsclip import ZeroshotCLIP
 
 SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".apng")  # what is an image in a folder
@@ -315,7 +316,7 @@ class Predictor:
                 folder = read_results(model_dir)["run"]["model_dir"] or model_dir
             except (OSError, ValueError, KeyError):
                 folder = model_dir
-        return folder, read_checkpoint(find_checkpoint(folder, epoch))
+        return folder, load_checkpoint(folder, epoch)[1]
 
     def _choose_classes(
         self, given: Optional[Sequence[str]], model_dir: str, folder: str, checkpoint: Optional[dict[str, Any]]

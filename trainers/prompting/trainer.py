@@ -40,7 +40,6 @@ from .bank import seeded
 from .checkpoints import (
     BEST,
     PROMPT_LEARNER,
-    find_checkpoint,  # noqa: F401 (tools import it from here)
     load_checkpoint,
     numbered,
     random_states,
