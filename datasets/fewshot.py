@@ -126,7 +126,7 @@ class DatumUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> type:
         if name == "Datum" and module.split(".")[0] == "dassl":
-            return PickledDatum
+            return type("PickledDatum", (PickledDatum,), {})  # a pickle can set attributes of what it has named
         raise pickle.UnpicklingError(f"it holds {module}.{name}")
 
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-import warnings
-import zipfile
 from types import ModuleType
 from typing import Optional, Protocol
 
@@ -21,6 +19,7 @@ import torch
 import torch.nn as nn
 
 from .errors import UserError
+from .inert import is_jit_archive, load_plain, load_script
 
 # OpenAI's names and what open_clip calls the same architectures.
 OPENAI_NAMES = {
@@ -36,7 +35,7 @@ OPENAI_NAMES = {
 }
 CACHE = os.path.join("~", ".cache", "clip")  # where both packages keep OpenAI's files
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_clip.pt")  # by tools/pretrain_tiny_clip.py
-BOOKKEEPING = ("input_resolution", "context_length", "vocab_size")  # integers in OpenAI's archives, not weights
+BOOKKEEPING = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # in OpenAI's archives, not weights
 
 
 class Tokenizer(Protocol):
@@ -217,7 +216,7 @@ def _tokenizer(package: ModuleType) -> Tokenizer:
 
 def _from_state_dict(state_dict: dict[str, torch.Tensor], name: str, provider: str) -> Backbone:
     package = import_provider(provider)
-    state_dict = {key: value.float() for key, value in state_dict.items() if key not in BOOKKEEPING}
+    state_dict = {key: value.float() for key, value in state_dict.items() if key.split(".")[-1] not in BOOKKEEPING}
     if package.__name__ == "clip":
         build = importlib.import_module("clip.model").build_model
     else:
@@ -241,11 +240,9 @@ def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
 
             state_dict = load_file(path)
         elif is_jit_archive(path):
-            with warnings.catch_warnings():  # deprecated as a way to deploy; OpenAI's files stay what they are
-                warnings.simplefilter("ignore", FutureWarning)
-                state_dict = torch.jit.load(path, map_location="cpu").state_dict()
+            state_dict = load_script(path)
         else:
-            state_dict = torch.load(path, map_location="cpu", weights_only=True)
+            state_dict = load_plain(path)
     except Exception as error:  # noqa: BLE001 (zip, pickle, safetensors and torch each have errors of their own)
         raise UserError(f"MODEL.BACKBONE.NAME {name}: cannot be read as CLIP weights ({_line(error)})") from error
     if isinstance(state_dict, dict) and isinstance(state_dict.get("state_dict"), dict):
@@ -265,14 +262,6 @@ def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
             f"MODEL.BACKBONE.NAME {name}: not a CLIP state dict in OpenAI's layout (no {', '.join(missing)} in it)"
         )
     return state_dict
-
-
-def is_jit_archive(path: str) -> bool:
-    """Whether a file is a TorchScript archive, as OpenAI's are."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(entry.endswith("constants.pkl") for entry in archive.namelist())
 
 
 def _openai_file(name: str) -> str:

@@ -28,7 +28,6 @@ from dassl.data.transforms.transforms import AVAI_CHOICES, INTERPOLATION_MODES
 from dassl.engine import TrainerX
 from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
-from dassl.utils import load_pretrained_weights
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 from yacs.config import CfgNode
@@ -37,7 +36,7 @@ from .backbone import Backbone, load_clip
 from .errors import UserError
 from .features import FeatureStore, ImageBatch, NotAStore, encoder_key, image_key
 from .images import DecodedImages, decoded_size, read_image
-from .inert import load_inert
+from .inert import load_inert, load_plain, load_weights
 from .names import flat_config, matching_names, relative_path
 from .results import write_results, write_text
 
@@ -166,7 +165,7 @@ class PromptTrainer(TrainerX):
         cfg = self.cfg
         self.prompt_learner = prompt_learner.to(self.device)
         if cfg.MODEL.INIT_WEIGHTS:
-            load_pretrained_weights(prompt_learner, cfg.MODEL.INIT_WEIGHTS)
+            load_weights(prompt_learner, cfg.MODEL.INIT_WEIGHTS)
         self.optim = build_optimizer(prompt_learner, cfg.OPTIM, self.parameter_groups(prompt_learner))
         mend_warmup()
         self.sched = build_lr_scheduler(self.optim, cfg.OPTIM)
@@ -688,7 +687,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     """
     try:
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = load_plain(path)
         except pickle.UnpicklingError:
             checkpoint = load_inert(path)
         checkpoint["state_dict"], checkpoint["epoch"]  # noqa: B018 (a KeyError tells another kind of file)
