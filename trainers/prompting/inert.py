@@ -254,8 +254,8 @@ def is_jit_archive(path: str) -> bool:
 
 
 def refuse_programs(path: str) -> None:
-    """Raises ValueError for TorchScript, which ``torch.load`` before 2.6 runs whatever it is told, and for tar archives,
-    which it unpacks."""
+    """Raises ValueError for TorchScript, which ``torch.load`` before 2.6 runs in spite of ``weights_only``, and for tar
+    archives, which it unpacks."""
     if is_jit_archive(path) or tarfile.is_tarfile(path):
         raise ValueError("a TorchScript or tar archive")
 

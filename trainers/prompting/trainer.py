@@ -35,7 +35,7 @@ from yacs.config import CfgNode
 from .backbone import Backbone, load_clip
 from .errors import UserError
 from .features import FeatureStore, ImageBatch, NotAStore, encoder_key, image_key
-from .images import DecodedImages, decoded_size, read_image
+from .images import READING, DecodedImages, decoded_size, read_image
 from .inert import load_inert, load_plain, load_weights
 from .names import flat_config, matching_names, relative_path
 from .results import write_results, write_text
@@ -58,8 +58,8 @@ def extend_cfg(cfg: CfgNode) -> None:
 
 
 class ImageDataset(DatasetWrapper):
-    """Dassl's, with images that are decoded once where they fit into memory, and an image that cannot be read is named:
-    Dassl.pytorch passes Pillow's errors on as they are."""
+    """Dassl's, with images read by :func:`read_image`, which names one that cannot be read, and decoded once where they
+    fit into memory."""
 
     decoded: Optional[DecodedImages] = None
 
@@ -71,9 +71,10 @@ class ImageDataset(DatasetWrapper):
             self.decoded = DecodedImages(paths, size)
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
-        if self.decoded is not None and callable(self.transform) and not self.return_img0:
+        if callable(self.transform) and not self.return_img0:
             item = self.data_source[idx]
-            image = self._transform_image(self.transform, self.decoded[idx])
+            image = read_image(item.impath) if self.decoded is None else self.decoded[idx]
+            image = self._transform_image(self.transform, image)
             return {"label": item.label, "domain": item.domain, "impath": item.impath, "index": idx, "img": image}
         try:
             return super().__getitem__(idx)
@@ -535,7 +536,7 @@ class PromptTrainer(TrainerX):
         backbone, kind = self.backbone, self.device.type
         if kind == "cuda":
             kind = torch.cuda.get_device_name(self.device)
-        precision = f"{backbone.dtype} {type(self.autocast).__name__}"
+        precision = f"{backbone.dtype} {type(self.autocast).__name__} {READING}"
         if self._encoder_key is None:  # of all weights: once a run, not once an evaluation
             self._encoder_key = encoder_key(backbone.visual, loader.dataset.transform, precision, kind)
         name = f"{backbone.name}, {backbone.input_resolution} pixels, {backbone.dtype}, {kind}"
