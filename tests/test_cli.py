@@ -184,7 +184,7 @@ def test_output_folder_that_cannot_be_written(fails, tmp_path):
 
 
 def test_a_real_process_ends_with_status_2_and_one_line(tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "--trainer", "Nonsense"]
+    command = [sys.executable, str(ROOT / "train.py"), "--trainer", "Nonsense", "DATASET.NAME", "Shapes"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith('error: unknown trainer (--trainer) "Nonsense"') and done.stderr.count("\n") == 1

@@ -165,18 +165,39 @@ def load_clip(name: str, provider: str = "auto") -> Backbone:
     Raises:
         UserError: unknown name, missing or unreadable file, another architecture, no network, no package.
     """
-    if not name:
-        raise UserError(
-            f"MODEL.BACKBONE.NAME is empty: give one of {', '.join(OPENAI_NAMES)}, tiny, a path or arch/tag"
-        )
+    check_name(name)
     path = TINY if name == "tiny" else os.path.expanduser(name)
     if name in OPENAI_NAMES:
         return _from_state_dict(_read_state_dict(_openai_file(name), name), name, provider)
     if os.path.isfile(path):
         return _from_state_dict(_read_state_dict(path, name), name, provider)
+    return _from_open_clip(name)
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that stands for no weights, without loading any. Raises UserError."""
+    if not name:
+        raise UserError(
+            f"MODEL.BACKBONE.NAME is empty: give one of {', '.join(OPENAI_NAMES)}, tiny, a path or arch/tag"
+        )
+    path = os.path.expanduser(name)
+    if name == "tiny" or name in OPENAI_NAMES or os.path.isfile(path):
+        return
     if path.endswith((".pt", ".pth", ".bin", ".safetensors")) or os.path.isabs(path) or os.path.isdir(path):
         raise UserError(f"MODEL.BACKBONE.NAME {name}: no such file")
-    return _from_open_clip(name)
+    arch, _, tag = name.partition("/")
+    try:
+        open_clip = importlib.import_module("open_clip")
+    except ImportError as error:
+        raise UserError(f"MODEL.BACKBONE.NAME {name}: not an OpenAI name, and open_clip is not installed") from error
+    known = open_clip.list_pretrained_tags_by_model(arch) if arch in open_clip.list_models() else None
+    if known is None:
+        raise UserError(
+            f"MODEL.BACKBONE.NAME {name}: neither tiny, nor one of {', '.join(OPENAI_NAMES)}, nor a file, "
+            "nor arch/pretrained-tag of open_clip"
+        )
+    if tag not in known:
+        raise UserError(f"MODEL.BACKBONE.NAME {name}: open_clip's tags for {arch} are {', '.join(known) or '(none)'}")
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
@@ -283,19 +304,8 @@ def _openai_file(name: str) -> str:
 
 
 def _from_open_clip(name: str) -> Backbone:
+    open_clip = importlib.import_module("open_clip")
     arch, _, tag = name.partition("/")
-    try:
-        open_clip = importlib.import_module("open_clip")
-    except ImportError as error:
-        raise UserError(f"MODEL.BACKBONE.NAME {name}: not an OpenAI name, and open_clip is not installed") from error
-    known = open_clip.list_pretrained_tags_by_model(arch) if arch in open_clip.list_models() else None
-    if known is None:
-        raise UserError(
-            f"MODEL.BACKBONE.NAME {name}: neither tiny, nor one of {', '.join(OPENAI_NAMES)}, nor a file, "
-            "nor arch/pretrained-tag of open_clip"
-        )
-    if tag not in known:
-        raise UserError(f"MODEL.BACKBONE.NAME {name}: open_clip's tags for {arch} are {', '.join(known) or '(none)'}")
     try:
         model = open_clip.create_model(arch, pretrained=tag, precision="fp32", device="cpu")
     except Exception as error:  # noqa: BLE001 (hub, network and file errors of several libraries)

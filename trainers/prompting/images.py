@@ -60,10 +60,7 @@ def _open(path: str) -> Iterator[Image.Image]:
 def _scaled(image: Image.Image) -> Image.Image:
     """A grey image of 16 or 32 bits, or of floats, in 8 bits."""
     pixels = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=np.inf, neginf=0)
-    if image.mode[0] == "I":
-        white = 65535.0
-    else:
-        white = 1.0 if pixels.max(initial=0) <= 1 else 255.0
+    white = 65535.0 if image.mode[0] == "I" else 1.0 if pixels.max(initial=0) <= 1 else 255.0
     return Image.fromarray(np.rint(np.clip(pixels / white, 0, 1) * 255).astype(np.uint8))
 
 

@@ -70,6 +70,11 @@ def rasterise(classnames: Sequence[str], height: int, width: int, font: str = ""
     return torch.stack([masks[text] for text in texts]).unsqueeze(1)
 
 
+def check_font(path: str) -> None:
+    """Raises UserError where the font cannot be read; an empty path is Pillow's own font."""
+    _Typeface(path)
+
+
 class _Typeface:
     """A font at any size, and the characters it has."""
 

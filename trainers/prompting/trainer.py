@@ -13,7 +13,7 @@ import sqlite3
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from typing import Any, Callable, Optional
 
@@ -24,7 +24,6 @@ import torch.nn as nn
 from dassl.data import DataManager, DatasetWrapper
 from dassl.data.data_manager import build_data_loader
 from dassl.data.transforms import build_transform
-from dassl.data.transforms.transforms import AVAI_CHOICES, INTERPOLATION_MODES
 from dassl.engine import TrainerX
 from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
@@ -32,7 +31,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from .backbone import Backbone, load_clip
+from .backbone import Backbone, check_name, load_clip
+from .checks import SHARED, Rule, against, against_dassl, said
 from .errors import UserError
 from .features import FeatureStore, ImageBatch, NotAStore, encoder_key, image_key
 from .images import READING, DecodedImages, decoded_size, read_image
@@ -40,7 +40,6 @@ from .inert import load_inert, load_plain, load_weights
 from .names import flat_config, matching_names, relative_path
 from .results import write_results, write_text
 
-PRECISIONS = ("fp16", "fp32", "amp")
 PROMPT_LEARNER = "prompt_learner"
 BEST = "model-best.pth.tar"
 IDENTITY = ("TRAINER.NAME", "MODEL.BACKBONE.NAME")  # without these the same a checkpoint means nothing
@@ -91,6 +90,7 @@ class PromptTrainer(TrainerX):
     scaler: Optional[torch.amp.GradScaler] = None
     watch: Optional[CollapseWatch] = None  # while and after training
     scaled = ("amp",)  # precisions whose loss is scaled up for the backward pass
+    rules: Mapping[str, Rule] = {}  # of the method's own keys
     network: type[nn.Module]  # (cfg, classnames, backbone) -> module with prompt_learner and text_features()
     model_dir = ""
     _encoder_key: Optional[bytes] = None  # test and validation images have the same transform
@@ -98,27 +98,19 @@ class PromptTrainer(TrainerX):
 
     # ------------------------------------------------------------------------------------------------ building
 
-    def check_cfg(self, cfg: Any) -> None:
-        """Refuse values that nothing can be done with, before data and weights are loaded. Raises UserError."""
-        at_least_one = {
-            "OPTIM.MAX_EPOCH": cfg.OPTIM.MAX_EPOCH,
-            "TRAIN.PRINT_FREQ": cfg.TRAIN.PRINT_FREQ,
-            "DATALOADER.TRAIN_X.BATCH_SIZE": cfg.DATALOADER.TRAIN_X.BATCH_SIZE,
-            "DATALOADER.TEST.BATCH_SIZE": cfg.DATALOADER.TEST.BATCH_SIZE,
-        }
-        for key, value in at_least_one.items():
-            if value < 1:
-                raise UserError(f"{key} {value}: must be at least 1")
-        if len(cfg.INPUT.SIZE) != 2:
-            raise UserError(f"INPUT.SIZE {tuple(cfg.INPUT.SIZE)}: height and width are needed")
-        # Dassl itself stops at an unknown name with a bare assertion or KeyError.
-        for key, names, known in (
-            ("TRANSFORMS", cfg.INPUT.TRANSFORMS, AVAI_CHOICES),
-            ("INTERPOLATION", (cfg.INPUT.INTERPOLATION,), INTERPOLATION_MODES),
-        ):
-            for name in names:
-                if name not in known:
-                    raise UserError(f"INPUT.{key} {name}: choose from {', '.join(known)}")
+    @classmethod
+    def complaints(cls, cfg: CfgNode) -> list[str]:
+        """A line for every value that nothing can be done with: key, value, and what is allowed."""
+        method = f"TRAINER.{cfg.TRAINER.NAME.upper()}."
+        shared = [*against(SHARED, cfg), *said(lambda: check_name(cfg.MODEL.BACKBONE.NAME))]
+        mend_warmup()
+        return [*(shared or against_dassl(cfg)), *against(cls.rules, cfg, method)]
+
+    def check_cfg(self, cfg: CfgNode) -> None:
+        """Refuse a config before data and weights are loaded. Raises UserError with all of :meth:`complaints`."""
+        found = self.complaints(cfg)
+        if found:
+            raise UserError(*found)
 
     def build_data_loader(self) -> None:
         """As in Dassl, with images read by :class:`ImageDataset`."""
@@ -135,8 +127,6 @@ class PromptTrainer(TrainerX):
     def load_backbone(self, prec: str) -> Backbone:
         """CLIP on the device, frozen, in the precision asked for; checks ``INPUT.SIZE``."""
         cfg = self.cfg
-        if prec not in PRECISIONS:
-            raise UserError(f"TRAINER.{cfg.TRAINER.NAME.upper()}.PREC {prec}: choose one of {', '.join(PRECISIONS)}")
         print(f"Loading CLIP (backbone: {cfg.MODEL.BACKBONE.NAME})")
         backbone = load_clip(cfg.MODEL.BACKBONE.NAME)
         size = backbone.input_resolution
