@@ -242,7 +242,7 @@ def collect(roots: Sequence[Path], seeds: Sequence[int]) -> Found:
         except KeyError as error:
             gaps.append(f"damaged: {shown(folder / NAME)} has no {error}")
             continue
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
             gaps.append(f"damaged: {shown(folder / NAME)}: {' '.join(str(error).split())}")
             continue
         if run is None:
