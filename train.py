@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import reduce
+from itertools import islice
 from typing import Any, Optional
 
 import fallback  # noqa: F401 (makes `import dassl` work)
@@ -39,6 +40,7 @@ from trainers.prompting.names import flat_config, printable
 
 WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a list"}  # for types
 WORDS[list] = WORDS[tuple]
+MOST_VALUES = 10_000  # in a config file
 
 
 def extend_cfg(cfg: CN) -> None:
@@ -105,13 +107,24 @@ def merge_file(cfg: CN, path: str, flag: str) -> list[str]:
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
+        too_many = next(islice(_leaves(content), MOST_VALUES, None), None)
     except FileNotFoundError:
         return [f"{path}: no such file ({flag})"]
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8
         return [f"{path}: {' '.join(str(error).split())}"]
+    if too_many:
+        return [f"{path}: more than {MOST_VALUES} values, counted where they are referred to"]
     if not isinstance(content, dict):
         return [] if content is None else [f"{path}: not a mapping of config keys"]
     return [f"{path}: {wrong}" for wrong in _merge_tree(cfg, cfg, content)]
+
+
+def _leaves(content: Any) -> Iterator[bool]:
+    """As many items as there are values in what a YAML file holds; a few lines of references can make billions."""
+    if isinstance(content, (dict, list)):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _leaves(value)
+    yield True
 
 
 def _merge_tree(cfg: CN, node: CN, content: dict[Any, Any], prefix: str = "") -> Iterator[str]:
@@ -142,12 +155,13 @@ def _merge(cfg: CN, key: str, value: Any) -> Iterator[str]:
         value = ast.literal_eval(value) if isinstance(value, str) else value  # also 1e-5, which is a text in YAML
     old = before[key]
     if isinstance(old, float) and type(value) is int:
-        value = float(value)
+        with suppress(OverflowError):
+            value = float(value)
     elif isinstance(old, (tuple, list)) and isinstance(value, (tuple, list)):
         value = type(old)(value)
     if type(value) is not type(old):
         wanted, found = (WORDS.get(kind, kind.__name__) for kind in (type(old), type(value)))
-        yield f"{key} {reprlib.repr(value)}: must be {wanted}, not {found}"
+        yield f"{key} {reprlib.repr(value)[:100]}: must be {wanted}, not {found}"
         return
     *path, leaf = key.split(".")
     reduce(CN.__getitem__, path, cfg)[leaf] = value

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import redirect_stdout
 from typing import Any, NamedTuple
@@ -150,7 +151,7 @@ def complaint(key: str, value: Any, allowed: str) -> str:
     if isinstance(value, float):
         shown = f"{value:g}"
     elif isinstance(value, (list, tuple)):
-        shown = str(tuple(value))
+        shown = reprlib.repr(tuple(value))
     else:
         shown = str(value) if str(value).strip() else f'"{value}"'
     return f"{key} {printable(shown[:200])}: {allowed}"
