@@ -107,7 +107,7 @@ SHARED: dict[str, Rule] = {
     "DATALOADER.K_TRANSFORMS": Rule("must be 1, a network takes one view of an image", lambda value: value == 1),
     "DATALOADER.TRAIN_X.SAMPLER": one_of(SAMPLERS),
     "DATALOADER.TRAIN_X.BATCH_SIZE": at_least(1),
-    "DATALOADER.TRAIN_X.N_DOMAIN": at_least(0),
+    "DATALOADER.TRAIN_X.N_DOMAIN": at_least(-1),
     "DATALOADER.TRAIN_X.N_INS": at_least(1),
     "DATALOADER.TEST.SAMPLER": one_of(SAMPLERS[:2]),  # the others leave images out
     "DATALOADER.TEST.BATCH_SIZE": at_least(1),
@@ -132,7 +132,7 @@ SHARED: dict[str, Rule] = {
     "OPTIM.WARMUP_TYPE": one_of(("constant", "linear")),
     "OPTIM.WARMUP_CONS_LR": at_least(0),
     "OPTIM.WARMUP_MIN_LR": at_least(0),
-    "TRAIN.CHECKPOINT_FREQ": at_least(0),
+    "TRAIN.CHECKPOINT_FREQ": at_least(-1),
     "TRAIN.PRINT_FREQ": at_least(1),
     "TRAIN.DECODED_GB": at_least(0),
     "TRAIN.TEXT_CHUNK": at_least(0),
