@@ -1,6 +1,6 @@
 """One seed, one result: whatever the workers, batches, what is kept from earlier, order of listings, and threads.
 
-What is beside it: ``test_trainers.py`` (batch size, order and workers of test images; the same run twice; a run that was
+Beside it: ``test_trainers.py`` (batch size, order and workers of test images; the same run twice; a run that was
 interrupted), ``test_features.py`` (the store), ``test_bank.py`` (kept views), ``test_images.py`` (kept images).
 """
 
