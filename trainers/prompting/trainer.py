@@ -10,7 +10,6 @@ import inspect
 import os
 import pickle
 import sqlite3
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -239,8 +238,16 @@ class PromptTrainer(TrainerX):
         if self.batch_idx + 1 == self.num_batches:
             self.update_lr()
         summary = {"loss": loss.item(), "acc": accuracy}
+        if self._writer is not None:
+            step = self.epoch * self.num_batches + self.batch_idx  # Dassl's count
+            for name, value in self.curves().items():
+                self.write_scalar(f"train/{name}", float(value), step)
         self.busy += time.perf_counter() - start
         return summary
+
+    def curves(self) -> dict[str, torch.Tensor]:
+        """What TensorBoard shows of a training step beside loss, accuracy and learning rate: scalars by name."""
+        return {}
 
     def after_step(self) -> None:
         """Called after every step of the optimiser; nothing by default."""
@@ -253,8 +260,9 @@ class PromptTrainer(TrainerX):
         self, loader: Iterable[dict[str, Any]], encode: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, E) image features in float32, ``encode`` of (B, 3, H, H), and (N,) labels of all images of a loader."""
+        bar = tqdm(loader, desc="features", disable=None, leave=False)
         with self.autocast:
-            pairs = [(encode(batch["img"].to(self.device)), batch["label"].to(self.device)) for batch in loader]
+            pairs = [(encode(batch["img"].to(self.device)), batch["label"].to(self.device)) for batch in bar]
         features, labels = zip(*pairs)
         return torch.cat(features).float(), torch.cat(labels)
 
@@ -436,23 +444,33 @@ class PromptTrainer(TrainerX):
         loader = self.val_loader if split == "val" else self.test_loader
         print(f"Evaluate on the *{split}* set")
         self.predictions: dict[str, int] = {}
+        labels: dict[str, int] = {}
         with self.autocast:
             self.prompt_text = self.text_features()
-            bar = tqdm(total=len(loader.dataset), unit="image", disable=not sys.stderr.isatty())
-            with closing(bar):
+            with tqdm(total=len(loader.dataset), unit="image", disable=None) as bar:
                 for scores, label, paths in self.scored(loader):
                     self.evaluator.process(scores, label)
                     self.predictions.update(zip(paths, scores.argmax(dim=1).tolist()))
+                    labels.update(zip(paths, label.tolist()))
                     bar.update(len(paths))
         self.prompt_text = None
         self.metrics = {key: float(value) for key, value in self.evaluator.evaluate().items()}
+        self.observed = self.observe(labels)
         self.tested_split = split
-        for key, value in self.metrics.items():
+        for key, value in (self.metrics | self.observed).items():
             self.write_scalar(f"{split}/{key}", value, self.epoch)
         if self.watch is None:  # --eval-only; a training run writes its results when it ends
             self._write_config()
             self._write_results(trained=False)
         return next(iter(self.metrics.values()))
+
+    def observe(self, labels: dict[str, int]) -> dict[str, float]:
+        """What ``results.json`` and TensorBoard say of an evaluation beside its metrics: percentages by name.
+
+        Args:
+            labels: of the images by path, like ``self.predictions``.
+        """
+        return {}
 
     def score(self, images: ImageBatch) -> torch.Tensor:
         """(B, C) scores, whose argmax is the prediction. ``self.prompt_text`` holds the text features."""
@@ -561,6 +579,7 @@ class PromptTrainer(TrainerX):
         cfg = self.cfg
         results = {
             "metrics": getattr(self, "metrics", {}),
+            "observed": getattr(self, "observed", {}),
             "split": getattr(self, "tested_split", None),
             "images": len(self.predictions) if hasattr(self, "metrics") else 0,
             "classes": self.num_classes,
@@ -580,7 +599,14 @@ class PromptTrainer(TrainerX):
             "pillow": PIL.__version__,  # it draws the names, and not to the pixel alike in all versions
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
         }
-        print(f"Results saved to {write_results(cfg.OUTPUT_DIR, results)}")
+        path, run = write_results(cfg.OUTPUT_DIR, results), results["run"]
+        tested = (
+            f"accuracy {results['metrics']['accuracy']:.2f} %" if "accuracy" in results["metrics"] else "not tested"
+        )
+        print(
+            f"{run['trainer']} on {run['dataset']}, {run['subsample_classes']} classes, {run['shots']} shots, "
+            f"seed {run['seed']}: {tested} ({results['images']:,} images). Results: {path}"
+        )
 
 
 def per_class_state(
