@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import pickletools
+import re
 import shutil
 import struct
 import sys
@@ -680,3 +681,23 @@ def test_a_bomb_in_a_data_set_is_named(workers, data_root, rn_file, tmp_path, ca
 def test_limits_of_pillow_are_in_force():
     assert PngImagePlugin.MAX_TEXT_CHUNK <= 2**20 and PngImagePlugin.MAX_TEXT_MEMORY <= 2**26
     assert "EPS" not in reading.FORMATS and sys.modules["trainers.prompting.images"] is reading
+
+
+# ------------------------------------------------------------------------------------------------- SECURITY.md
+
+
+def test_every_test_that_is_named_is_there():
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    assert len(named) > 40 and text.count(".py::") == len(named)
+    for file, name in named:
+        functions = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8")).body
+        assert name in {getattr(function, "name", "") for function in functions}, f"{file}::{name}"
+    for row in re.findall(r"^\| (?!promise).*", text, re.MULTILINE):
+        assert "test_" in row, row  # no promise without a test
+
+
+def test_the_limits_it_names_are_those_of_the_code():
+    text = " ".join((ROOT / "SECURITY.md").read_text(encoding="utf-8").split())
+    assert f"{reading.MAX_PIXELS:,} pixels" in text
+    assert all(name in text.upper() for name in reading.FORMATS)
