@@ -1,7 +1,7 @@
-"""The parts that prompting methods are made of: plain PyTorch, no Dassl (``trainer.py`` excepted).
+"""The parts that prompting methods are made of: plain PyTorch, no Dassl (``trainer.py`` and ``checks.py`` excepted).
 
 ``backbone`` is the one door to CLIP weights, ``text`` makes text features out of prompts, ``synthetic`` makes
 class-conditional images out of class names, ``selection`` holds the min-max loss and the selection rule,
-``results`` writes and reads ``results.json``, ``inert`` reads the original CoOp's checkpoints without executing them,
-``trainer`` is what every Dassl trainer of ours shares.
+``results`` writes and reads ``results.json``, ``inert`` reads files of others without executing them,
+``checks`` says what config values can be, ``trainer`` is what every Dassl trainer of ours shares.
 """
