@@ -1,4 +1,5 @@
 # make test     sets up .venv if need be, then runs the tests
+# make soak     what kills runs at every moment there is; takes half an hour
 # make demo     the method on the embedded world; sets up .venv if need be, then takes minutes
 # make install  sets up .venv
 # make lint     ruff, check only
@@ -7,10 +8,13 @@ PYTHON ?= python3
 VENV ?= .venv
 STAMP = $(VENV)/.installed
 
-.PHONY: test demo install lint format
+.PHONY: test soak demo install lint format
 
 test: install
 	$(VENV)/bin/python -m pytest
+
+soak: install
+	$(VENV)/bin/python -m pytest -m soak
 
 demo: install
 	$(VENV)/bin/python tools/demo.py

@@ -37,6 +37,7 @@ import datasets
 import trainers
 from trainers.prompting.errors import UserError
 from trainers.prompting.names import flat_config, printable
+from trainers.prompting.runs import locked
 
 WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a list"}  # for types
 WORDS[list] = WORDS[tuple]
@@ -181,8 +182,13 @@ def print_args(args: argparse.Namespace, cfg: CN) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """One run: train and test, or test only."""
+    """One run: train and test, or test only, with the output folder to itself."""
     cfg = setup_cfg(args)
+    with locked(cfg.OUTPUT_DIR):
+        _run(args, cfg)
+
+
+def _run(args: argparse.Namespace, cfg: CN) -> None:
     if cfg.SEED >= 0:
         print(f"Setting fixed seed: {cfg.SEED}")
         set_random_seed(cfg.SEED)
@@ -234,7 +240,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Returns the exit status: 0, or 2 for a mistake of the user's."""
+    """Returns the exit status: 0, or 2 for a mistake of the user's. A signal in training is a SystemExit (130, 143)."""
     try:
         run(parse_args(argv))
     except UserError as error:
@@ -255,4 +261,8 @@ def _fail(*messages: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before or after training, in which it is a matter of checkpoints
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -47,6 +47,7 @@ def test_a_run_writes_what_is_promised(run, trainer):
     results = run(trainer)
     folder = run.folder / "run"
     assert sorted(p.name for p in folder.iterdir()) == [
+        ".lock",
         "config.yaml",
         "log.txt",
         "prompt_learner",
@@ -79,7 +80,7 @@ def test_only_the_prompt_learner_is_registered_trained_and_stored(run, trainer):
     checkpoint = torch.load(path, weights_only=True)
     assert list(checkpoint["state_dict"]) == (["ctx", *net] if trainer == "CoCoOp" else ["ctx"])
     assert checkpoint["classnames"] == BASE and checkpoint["epoch"] == 2
-    assert path.stat().st_size < 20_000
+    assert path.stat().st_size < 25_000
 
 
 @pytest.mark.parametrize("trainer", TRAINED)

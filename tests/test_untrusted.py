@@ -30,10 +30,10 @@ from datasets.fewshot import PickledDatum, read_pickled
 from datasets.splits import read_split
 from trainers.prompting import images as reading
 from trainers.prompting.backbone import load_clip
+from trainers.prompting.checkpoints import read_checkpoint
 from trainers.prompting.errors import UserError
 from trainers.prompting.images import decoded_size, read_image
 from trainers.prompting.inert import load_inert, load_plain, load_script, load_weights
-from trainers.prompting.trainer import read_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
@@ -232,8 +232,16 @@ def test_a_run_executes_nothing(data_root, rn_file, tmp_path, capsys):
         arguments("CoOp", data_root, rn_file, out, "MODEL.INIT_WEIGHTS", path),
     ):
         assert train.main(argv) == 2
-        assert str(path) in capsys.readouterr().err
+        assert str(path.parent) in capsys.readouterr().err
         assert not marker.exists()
+
+
+@pytest.mark.parametrize("config", [7, "a: [", "[" * 50_000, "OPTIM: !!python/object/apply:os.getcwd []", "words"])
+def test_a_config_in_a_checkpoint_that_is_none(config, tmp_path):
+    path = tmp_path / "model.pth.tar-1"
+    torch.save({"state_dict": {"ctx": torch.zeros(2)}, "epoch": 1, "config": config}, path)
+    with pytest.raises(UserError, match="not a checkpoint that can be read"):
+        read_checkpoint(str(path))
 
 
 def test_files_of_other_kinds_are_refused(tmp_path):

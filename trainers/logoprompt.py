@@ -383,6 +383,13 @@ class LoGoPrompt(PromptTrainer):
             cfg.TRAIN.DECODED_GB * 2**30,
         )
 
+    def method_state(self) -> dict[str, Any]:
+        return {} if self.bank is None else {"bank": self.bank.state()}
+
+    def set_method_state(self, state: dict[str, Any]) -> None:
+        if self.bank is not None and "bank" in state:
+            self.bank.set_state(state["bank"])
+
     def parameter_groups(self, prompt_learner: nn.Module) -> Optional[list[dict[str, Any]]]:
         method = self.cfg.TRAINER.LOGOPROMPT
         apart = []  # weight decay would only darken blocks and shorten keys
