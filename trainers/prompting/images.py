@@ -11,6 +11,7 @@ from typing import Optional
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
 
 # Only these are tried, whatever a file is called: Pillow knows formats that start another program (EPS).
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -65,18 +66,24 @@ def _scaled(image: Image.Image) -> Image.Image:
 
 
 class DecodedImages:
-    """Images decoded once, in one block of memory that worker processes share.
+    """Images decoded once, in one block of memory.
 
     Args:
         size: bytes of all images together, 3 a pixel, as :func:`decoded_size` says.
+        shared: worker processes use it too.
+
+    Raises:
+        RuntimeError: there is not so much shared memory (in a container it may be 64 MB).
     """
 
-    def __init__(self, paths: Sequence[str], size: int) -> None:
-        self._memory = torch.empty(size, dtype=torch.uint8).share_memory_()
+    def __init__(self, paths: Sequence[str], size: int, shared: bool = True) -> None:
+        self._memory = torch.empty(size, dtype=torch.uint8)
+        if shared:
+            self._memory.share_memory_()
         self._places: list[tuple[int, int, int]] = []  # offset, height, width
         offset = 0
         with ThreadPoolExecutor() as pool:
-            for image in pool.map(read_image, paths):
+            for image in tqdm(pool.map(read_image, paths), "decoding", len(paths), leave=False, disable=None):
                 pixels = torch.from_numpy(np.asarray(image).copy())
                 self._memory[offset : offset + pixels.numel()] = pixels.flatten()
                 self._places.append((offset, image.height, image.width))

@@ -94,12 +94,19 @@ class ImageDataset(DatasetWrapper):
         with seeded(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")):
             return [self[i] for i in indices]
 
-    def decode(self, limit: float) -> None:
-        """Keep all images decoded unless they take more than ``limit`` bytes; due before workers are started."""
+    def decode(self, limit: float, shared: bool = True) -> None:
+        """Keep all images decoded unless they take more than ``limit`` bytes; due before workers, if any, are started.
+
+        Args:
+            shared: there will be worker processes.
+        """
         paths = [item.impath for item in self.data_source]
         size = decoded_size(paths, limit)
         if size:
-            self.decoded = DecodedImages(paths, size)
+            try:
+                self.decoded = DecodedImages(paths, size, shared)
+            except RuntimeError as error:  # torch's, for too little shared memory
+                print(f"Images are decoded every time they are used: {' '.join(str(error).split())}")
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
         if callable(self.transform) and not self.return_img0:
@@ -374,7 +381,7 @@ class PromptTrainer(TrainerX):
         self._write_config()
         data = self.train_loader_x.dataset
         if isinstance(data, ImageDataset):
-            data.decode(self.cfg.TRAIN.get("DECODED_GB", 0) * 2**30)
+            data.decode(self.cfg.TRAIN.get("DECODED_GB", 0) * 2**30, self.cfg.DATALOADER.NUM_WORKERS > 0)
 
     def run_epoch(self) -> None:
         start, self.busy = time.perf_counter(), 0.0
