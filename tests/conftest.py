@@ -1,6 +1,7 @@
 """Paths and fixtures that all tests share."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +26,9 @@ REAL_DATA = ROOT.parent / "shared" / "data"
 
 def pytest_configure(config):
     import dassl
+
+    # A shell starts what runs in the background with Ctrl-C ignored, and processes that the tests start inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     if Path(dassl.__file__).is_relative_to(ROOT):  # the fallback: its warnings are ours
         config.addinivalue_line("filterwarnings", "error:::dassl")
