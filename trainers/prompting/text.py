@@ -22,7 +22,7 @@ from .names import clean_name
 
 POSITIONS = ("end", "middle", "front")
 HAND_MADE = "a photo of a {}."  # the prompt that class-specific contexts are generated from
-WORTH_A_PASS = 256  # tokens of padding from which on prompts of different lengths are encoded one after the other
+WORTH_A_PASS = 64  # tokens of padding from which on prompts of different lengths are encoded one after the other
 
 
 def encode_tokens(backbone: Backbone, texts: Sequence[str], reserved: int = 0) -> list[list[int]]:
