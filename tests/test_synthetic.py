@@ -1,7 +1,7 @@
 """prompting/synthetic.py: what is drawn can be read, what is pasted is where it should be, and nothing else moved."""
 
 import re
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def ink(mask):
     return int(rows.min()), int(rows.max()), int(columns.min()), int(columns.max())
 
 
-@lru_cache(maxsize=None)
+@cache
 def font_at(quarters):
     return ImageFont.load_default(quarters / 4)
 
