@@ -77,6 +77,19 @@ def test_the_second_evaluation_encodes_nothing_and_predicts_the_same(run, traine
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("key, value", [("TRAINER.LOGOPROMPT.PREC", "bf16"), ("TRAIN.COMPILE", True)])
+def test_other_ways_to_compute_have_features_of_their_own(run, monkeypatch, key, value):
+    """bfloat16 and a compiled encoder predict as without a store, and do not take what float32 has left there."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))  # takes a minute
+    model = run.trained("LoGoPrompt")
+    run(model=model)
+    plain = run("LoGoPrompt", key, value, store=False, model=model)
+    for encoded in (16 * (1 + 4), 0):
+        assert run("LoGoPrompt", key, value, model=model) == (*plain[:2], encoded)
+    assert len(compiled) == (3 if key == "TRAIN.COMPILE" else 0)
+
+
 def test_what_has_to_be_encoded_is_scored_once(run, monkeypatch):
     """CoCoOp's text features are costly: an image whose own features are missing is not scored without them."""
     from trainers.cocoop import CustomCLIP
@@ -145,7 +158,7 @@ def test_other_weights_have_features_of_their_own(run, tmp_path):
     run("ZeroshotCLIP")
     assert run("ZeroshotCLIP", backbone=tmp_path / "other.pt")[2] == 16
     assert [(count, name.split(",")[1:]) for name, count, _ in describe(run.store)] == [
-        (16, [" 64 pixels", " torch.float32", " cpu"])
+        (16, [" 64 pixels", " fp32", " cpu"])
     ] * 2
 
 

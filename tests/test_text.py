@@ -181,6 +181,38 @@ def test_a_shared_context_is_not_copied_for_every_class(backbone):
     assert max(kept) < len(LENGTHS) * n_ctx * learner.ctx.shape[1]
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 4, 100])
+@pytest.mark.parametrize("csc", [False, True])
+def test_chunks_of_classes_change_nothing_but_what_is_kept(backbone, monkeypatch, chunk, csc):
+    """Values and gradients in chunks equal those of all classes at once; less is kept for the gradient."""
+    monkeypatch.setattr(text, "WORTH_A_PASS", 10)  # some chunks are buckets of one length
+    learner = PromptLearner(backbone, LENGTHS, 4, csc=csc)
+    weights = torch.randn(len(LENGTHS), backbone.text_projection.shape[1], dtype=torch.float64)
+    found = {}
+    for size in (0, chunk):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            features = TextEncoder(backbone, size)(*learner.parts())
+        (gradient,) = torch.autograd.grad((features * weights).sum(), learner.ctx)
+        found[size] = features, gradient, sum(kept)
+    torch.testing.assert_close(found[chunk][0], found[0][0], atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(found[chunk][1], found[0][1], atol=1e-12, rtol=1e-10)
+    assert found[0][1].abs().max() > 0
+    if chunk <= 2:
+        assert found[chunk][2] < found[0][2] / 2
+    with torch.no_grad():
+        torch.testing.assert_close(TextEncoder(backbone, chunk)(*learner.parts()), found[0][0])
+
+
+def test_no_more_than_a_chunk_is_encoded_at_a_time(backbone):
+    classes = []
+    hook = backbone.blocks[0].mlp.register_forward_hook(lambda module, args, output: classes.append(output.shape[0]))
+    learner = PromptLearner(backbone, LENGTHS, 4, csc=True)
+    TextEncoder(backbone, 4)(*learner.parts()).sum().backward()
+    hook.remove()
+    assert sorted(classes) == [2, 2, 4, 4]  # forward, and again in the backward pass
+
+
 def test_a_shared_context_under_autocast(backbone):
     learner, encode = PromptLearner(backbone.float(), LENGTHS, 4), TextEncoder(backbone)
     try:

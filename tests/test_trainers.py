@@ -280,6 +280,29 @@ def test_half_precision_on_the_cpu_is_float32_and_said(run):
     assert log.count("computing in float32 on the CPU") == 1
 
 
+@pytest.mark.parametrize("trainer", TRAINED)
+def test_bfloat16_trains_nearly_as_float32_does(run, trainer):
+    """No scaled loss; the loss itself is in float32, and so is what is learned."""
+    parameters = []
+    for prec in ("fp32", "bf16"):
+        run(trainer, f"TRAINER.{trainer.upper()}.PREC", prec, out=prec)
+        assert run.trainer.scaler is None
+        parameters.append(run.trainer.prompt_learner.ctx.detach())
+        assert parameters[-1].dtype == torch.float32
+    assert not torch.equal(*parameters)
+    torch.testing.assert_close(*parameters, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("trainer", TRAINED)
+def test_classes_in_chunks_train_the_same(run, trainer):
+    contexts = []
+    for chunk in (0, 3):
+        run(trainer, "TRAIN.TEXT_CHUNK", chunk, out=str(chunk))
+        assert run.trainer.model.text_encoder.chunk == chunk
+        contexts.append(run.trainer.prompt_learner.ctx.detach())
+    torch.testing.assert_close(*contexts, atol=1e-5, rtol=0)
+
+
 def test_collapse_is_said_once(capsys):
     watch = CollapseWatch(num_classes=50)
     for epoch, accuracy in enumerate([45.0, 48.0, 40.0, 3.0, 2.0], 1):

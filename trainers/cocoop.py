@@ -20,14 +20,16 @@ from .prompting.backbone import Backbone
 from .prompting.errors import UserError
 from .prompting.features import ImageBatch
 from .prompting.text import PromptLearner, TextEncoder, meta_net
+from .prompting.trainer import extend_cfg as extend_shared_cfg
 
 
 def extend_cfg(cfg: CN) -> None:
     """Add CoCoOp's keys, with its names and defaults, and one of ours."""
+    extend_shared_cfg(cfg)
     cfg.TRAINER.COCOOP = CN()
     cfg.TRAINER.COCOOP.N_CTX = 16  # number of context vectors
     cfg.TRAINER.COCOOP.CTX_INIT = ""  # initialisation words
-    cfg.TRAINER.COCOOP.PREC = "fp16"  # fp16, fp32, amp
+    cfg.TRAINER.COCOOP.PREC = "fp16"  # fp16, fp32, amp, bf16
     cfg.TRAINER.COCOOP.CHUNK = 8  # images whose prompts are encoded at a time: bounds memory, changes no result
 
 
@@ -58,7 +60,7 @@ class CustomCLIP(nn.Module):
         self.chunk = method.CHUNK
         self.prompt_learner = ConditionalPromptLearner(clip_model, classnames, method.N_CTX, method.CTX_INIT)
         self.backbone = clip_model
-        self.text_encoder = TextEncoder(clip_model)
+        self.text_encoder = TextEncoder(clip_model, cfg.TRAIN.TEXT_CHUNK)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, H) images -> (B, C) cosines divided by the temperature."""

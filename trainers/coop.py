@@ -24,7 +24,7 @@ def extend_cfg(cfg: CN) -> None:
     cfg.TRAINER.COOP.N_CTX = 16  # number of context vectors
     cfg.TRAINER.COOP.CSC = False  # class-specific context
     cfg.TRAINER.COOP.CTX_INIT = ""  # initialisation words
-    cfg.TRAINER.COOP.PREC = "fp16"  # fp16, fp32, amp
+    cfg.TRAINER.COOP.PREC = "fp16"  # fp16, fp32, amp, bf16
     cfg.TRAINER.COOP.CLASS_TOKEN_POSITION = "end"  # end, middle or front
 
 
@@ -38,7 +38,7 @@ class CustomCLIP(nn.Module):
             clip_model, classnames, method.N_CTX, method.CTX_INIT, method.CSC, method.CLASS_TOKEN_POSITION
         )
         self.backbone = clip_model
-        self.text_encoder = TextEncoder(clip_model)
+        self.text_encoder = TextEncoder(clip_model, cfg.TRAIN.TEXT_CHUNK)
 
     def text_features(self) -> torch.Tensor:
         """(C, E) text features of unit length."""
@@ -58,7 +58,7 @@ class CoOp(PromptTrainer):
     network = CustomCLIP
 
     def loss(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        image, label = batch["img"].to(self.device), batch["label"].to(self.device)
+        image, label = batch["img"].to(self.device, non_blocking=True), batch["label"].to(self.device)
         logits = self.model(image)
         return F.cross_entropy(logits, label), logits, label
 

@@ -42,7 +42,9 @@ def hard_negatives(logits: torch.Tensor, label: torch.Tensor, k: int) -> torch.T
         (B, min(K, C - 1)) labels, most probable first.
     """
     ranked = top_classes(logits, logits.shape[-1])
-    return ranked[ranked != label.unsqueeze(1)].view(len(label), -1)[:, :k]
+    rank = (ranked == label.unsqueeze(1)).long().argmax(dim=1, keepdim=True)  # of y; what ranks behind it moves up
+    place = torch.arange(min(k, logits.shape[-1] - 1), device=logits.device).expand(len(label), -1)
+    return ranked.gather(1, place + (place >= rank))
 
 
 def min_max_loss(

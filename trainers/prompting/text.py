@@ -8,11 +8,13 @@ classes share, is the same for all of them in every layer: it is encoded once. B
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
+from functools import partial
+from typing import Any, Optional
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .backbone import Backbone
 from .errors import UserError
@@ -59,11 +61,16 @@ def embed_tokens(backbone: Backbone, tokens: Sequence[Sequence[int]]) -> tuple[t
 
 
 class TextEncoder(nn.Module):
-    """g: prompt embeddings -> text features. Holds no weights of its own."""
+    """g: prompt embeddings -> text features. Holds no weights of its own.
 
-    def __init__(self, backbone: Backbone) -> None:
+    Args:
+        chunk: classes that are encoded at a time. Activations are then kept for one chunk and computed again in the
+            backward pass: memory does not grow with C, a step takes a third more time. 0: all classes at once.
+    """
+
+    def __init__(self, backbone: Backbone, chunk: int = 0) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.chunk = backbone, chunk
 
     def forward(self, prompts: torch.Tensor, eot: torch.Tensor, prefix: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Encode prompts up to their end-of-text tokens.
@@ -71,32 +78,40 @@ class TextEncoder(nn.Module):
         Args:
             prompts: (C, L, D) embeddings beginning with [SOS], L at most the context length; what stands behind a
                 prompt's [EOT] has no influence. With a prefix: what follows it.
-            eot: (C,) position of [EOT] in each of ``prompts``.
+            eot: (C,) position of [EOT] in each of ``prompts``, best on the CPU.
             prefix: (P, D) or (B, P, D) embeddings beginning with [SOS] that every prompt begins with; B of them make B
                 prompts of every class (CoCoOp: one prefix an image). Each is encoded once, whatever C is.
 
         Returns:
             (C, E) text features of unit length, (B, C, E) for B prefixes.
         """
-        clip = self.backbone
-        start, before = 0, [None] * len(clip.blocks)
-        if prefix is not None:
-            start = prefix.shape[-2]
-            before = self._keys_and_values(prefix if prefix.dim() == 3 else prefix.unsqueeze(0))
+        before = None if prefix is None else self._keys_and_values(prefix if prefix.dim() == 3 else prefix.unsqueeze(0))
         last = eot.tolist()
-        passes, features = _alike(last), []
+        passes = [part for members in _alike(last) for part in _split(members, self.chunk)]
+        encode = self._encode
+        if self.chunk and len(passes) > 1 and torch.is_grad_enabled():
+            encode = partial(checkpoint, self._encode, use_reentrant=False)
+        features = []
         for members in passes:
             length = last[members[0]] + 1  # the longest one's
-            x = prompts[members, :length] + clip.positional_embedding[start : start + length].to(prompts.dtype)
-            if prefix is not None:
-                x = x.expand(len(before[0][0]), -1, -1, -1)
-            for block, earlier in zip(clip.blocks, before):
-                x, _, _ = self._block(block, x, earlier)
-            x = clip.ln_final(x[..., torch.arange(len(members), device=x.device), eot[members], :])
-            features.append(F.normalize(x.to(clip.dtype) @ clip.text_projection, dim=-1))
-        order = torch.tensor([i for members in passes for i in members], device=eot.device).argsort()
+            features.append(encode(prompts, members, length, [last[i] for i in members], before))
+        order = torch.tensor([i for members in passes for i in members], device=prompts.device).argsort()
         found = torch.cat(features, dim=-2).index_select(-2, order)
         return found.squeeze(0) if prefix is not None and prefix.dim() == 2 else found
+
+    def _encode(
+        self, prompts: torch.Tensor, members: list[int], length: int, last: list[int], before: Optional[list[Any]]
+    ) -> torch.Tensor:
+        """The prompts ``members``, cut to ``length``, behind a prefix's keys and values in every layer, if any."""
+        clip = self.backbone
+        start = 0 if before is None else before[0][0].shape[-2]
+        x = prompts[members, :length] + clip.positional_embedding[start : start + length].to(prompts.dtype)
+        if before is not None:
+            x = x.expand(len(before[0][0]), -1, -1, -1)
+        for i, block in enumerate(clip.blocks):
+            x, _, _ = self._block(block, x, None if before is None else before[i])
+        x = clip.ln_final(x[..., torch.arange(len(members)), last, :])
+        return F.normalize(x.to(clip.dtype) @ clip.text_projection, dim=-1)
 
     def _keys_and_values(self, prefix: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(B, P, D) embeddings -> for every layer the keys and values, (B, heads, P, d) each."""
@@ -146,12 +161,12 @@ def _attend(
     n, length, p = q.shape[2], q.shape[3], k_before.shape[2]
     q = (q * q.shape[-1] ** -0.5).contiguous()
     to_prefix = (q.flatten(2, 3) @ k_before.transpose(-1, -2)).unflatten(2, (n, length))  # (B, heads, C, S, P)
-    later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-    to_own = (q @ k.transpose(-1, -2)).masked_fill(later, -torch.inf)  # (B, heads, C, S, S)
+    later = torch.full((length, length), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    to_own = q @ k.transpose(-1, -2) + later  # (B, heads, C, S, S)
     scores = torch.cat([to_prefix, to_own], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
-    of_prefix = (weights[..., :p].flatten(2, 3) @ v_before).unflatten(2, (n, length))
-    return of_prefix + weights[..., p:] @ v
+    to_prefix, to_own = weights.split([p, length], dim=-1)
+    return (to_prefix.flatten(2, 3) @ v_before).unflatten(2, (n, length)) + to_own @ v
 
 
 def _alike(lengths: list[int]) -> list[list[int]]:
@@ -169,6 +184,11 @@ def _alike(lengths: list[int]) -> list[list[int]]:
         passes[-1].append(i)
         padding += shorter
     return passes
+
+
+def _split(members: list[int], chunk: int) -> list[list[int]]:
+    """``chunk`` numbers at a time; 0: all of them."""
+    return [members[i : i + chunk] for i in range(0, len(members), chunk)] if chunk else [members]
 
 
 def _scaled(block: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -230,7 +250,7 @@ class PromptLearner(nn.Module):
         # Everything but the context is looked up from the class names at hand, so it stays out of checkpoints.
         self.register_buffer("token_prefix", embeddings[:, :1], persistent=False)  # [SOS]
         self.register_buffer("token_suffix", embeddings[:, 1:], persistent=False)  # name, full stop, [EOT]
-        self.register_buffer("eot", last + n_ctx, persistent=False)
+        self.eot = last.cpu() + n_ctx  # stays on the CPU: asking the device for it would wait for all that it is doing
         name_lens = [len(backbone.tokenizer.encode(name)) for name in names]
         order = _prompt_order(name_lens, n_ctx, embeddings.shape[1] - 1, class_token_position)
         self.register_buffer("order", None if order is None else order.to(embeddings.device), persistent=False)
@@ -319,6 +339,11 @@ class TwoStagePromptLearner(PromptLearner):
         self.meta_net.to(device=initial.device, dtype=dtype)
         self.ctx = nn.Parameter(initial.expand(self.n_cls, -1, -1).clone())
         self.register_buffer("trained", torch.zeros(self.n_cls, dtype=torch.bool, device=initial.device))
+        self.n_trained = 0  # kept beside it, so that a step does not wait for the device to count
+        self.register_load_state_dict_post_hook(TwoStagePromptLearner._count)
+
+    def _count(self, _: Any = None) -> None:
+        self.n_trained = int(self.trained.sum())
 
     def generate(self) -> torch.Tensor:
         """Stage 1: (C, M, D) contexts of all classes."""
@@ -327,18 +352,20 @@ class TwoStagePromptLearner(PromptLearner):
     def begin_stage_1(self) -> None:
         """No class has a context of its own, whatever was loaded."""
         self.trained.fill_(False)
+        self._count()
 
     @torch.no_grad()
     def begin_stage_2(self) -> None:
         """Make parameters of what the MLP generates for the classes at hand."""
         self.ctx.copy_(self.generate())
         self.trained.fill_(True)
+        self._count()
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (C, L, D) prompts for :class:`TextEncoder` and the (C,) positions of their [EOT]."""
-        if self.trained.all():  # stage 2: the MLP is left as it is
+        if self.n_trained == self.n_cls:  # stage 2: the MLP is left as it is
             return self.around(self.ctx)
-        if not self.trained.any():
+        if self.n_trained == 0:
             return self.around(self.generate())
         return self.around(torch.where(self.trained[:, None, None], self.ctx, self.generate()))
 

@@ -41,7 +41,7 @@ from .inert import load_inert
 from .names import flat_config, matching_names, relative_path
 from .results import write_results, write_text
 
-PRECISIONS = ("fp16", "fp32", "amp")
+PRECISIONS = ("fp16", "fp32", "amp", "bf16")  # bf16: autocast like amp, in bfloat16, which needs no scaled loss
 PROMPT_LEARNER = "prompt_learner"
 BEST = "model-best.pth.tar"
 IDENTITY = ("TRAINER.NAME", "MODEL.BACKBONE.NAME")  # without these the same a checkpoint means nothing
@@ -55,6 +55,8 @@ def extend_cfg(cfg: CfgNode) -> None:
     """Add the keys that all of our methods have."""
     cfg.TEST.FEATURES = ""  # file that keeps features of test images for further evaluations; empty: none are kept
     cfg.TEST.FEATURES_GB = 4.0  # gigabytes it may take
+    cfg.TRAIN.TEXT_CHUNK = 0  # classes whose prompts are encoded at a time, to save memory for time; 0: all of them
+    cfg.TRAIN.COMPILE = False  # torch.compile the image encoder: worth its minutes in long runs; changes last digits
     cfg.TRAIN.DECODED_GB = 1.0  # training images are kept decoded in memory where they take no more; 0: never
 
 
@@ -144,13 +146,17 @@ class PromptTrainer(TrainerX):
             raise UserError(
                 f"INPUT.SIZE {tuple(cfg.INPUT.SIZE)}: {cfg.MODEL.BACKBONE.NAME} takes images of ({size}, {size}) pixels"
             )
-        if self.device.type == "cpu" and prec != "fp32":
+        if self.device.type == "cpu" and prec in ("fp16", "amp"):
             print(f"PREC {prec} needs a GPU: computing in float32 on the CPU")
             prec = "fp32"
         if prec == "fp16":
             backbone.half_weights()
-        self.autocast = torch.autocast("cuda", torch.float16) if prec == "amp" else nullcontext()
+        low = {"amp": torch.float16, "bf16": torch.bfloat16}.get(prec)
+        self.autocast = nullcontext() if low is None else torch.autocast(self.device.type, low)
         self.scaler = _grad_scaler() if prec in self.scaled else None
+        self.computes = f"{prec}, compiled" if cfg.TRAIN.get("COMPILE", False) else prec
+        if cfg.TRAIN.get("COMPILE", False):
+            backbone.visual.compile()
         return backbone.to(self.device)
 
     def build_model(self) -> None:
@@ -508,7 +514,9 @@ class PromptTrainer(TrainerX):
         for batch in loader:
             paths = self.relative_paths(batch)
             keys = [] if store is None else [image_key(*pair) for pair in zip(batch["impath"], paths)]
-            images = ImageBatch(self.backbone, paths, batch["img"].to(self.device), store, keys, self.model)
+            images = ImageBatch(
+                self.backbone, paths, batch["img"].to(self.device, non_blocking=True), store, keys, self.model
+            )
             yield self.score(images), batch["label"].to(self.device), paths
 
     def _kept_batch(self, items: Sequence[Any], store: FeatureStore) -> ImageBatch:
@@ -536,10 +544,9 @@ class PromptTrainer(TrainerX):
         backbone, kind = self.backbone, self.device.type
         if kind == "cuda":
             kind = torch.cuda.get_device_name(self.device)
-        precision = f"{backbone.dtype} {type(self.autocast).__name__}"
         if self._encoder_key is None:  # of all weights: once a run, not once an evaluation
-            self._encoder_key = encoder_key(backbone.visual, loader.dataset.transform, precision, kind)
-        name = f"{backbone.name}, {backbone.input_resolution} pixels, {backbone.dtype}, {kind}"
+            self._encoder_key = encoder_key(backbone.visual, loader.dataset.transform, self.computes, kind)
+        name = f"{backbone.name}, {backbone.input_resolution} pixels, {self.computes}, {kind}"
         try:
             return FeatureStore(
                 os.path.expanduser(path), self._encoder_key, name, int(self.cfg.TEST.FEATURES_GB * 2**30)
