@@ -9,6 +9,7 @@ Each measurement is a process of its own, so that peak memory is its own too.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import math
@@ -21,16 +22,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from runner import arguments  # isort: skip (makes `import dassl` work)
+import numpy as np
 import open_clip
 import torch
 from dassl.config import get_cfg_default
 from dassl.data.datasets import build_dataset
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+from PIL import Image
 from tqdm import tqdm
 
 import train
@@ -130,13 +134,17 @@ def lists(quick: bool) -> list[Row]:
 # ------------------------------------------------------------------------------------------------- text
 
 
-def backbone(arch: str = "RN50") -> Backbone:
+def random_clip(arch: str = "RN50") -> torch.nn.Module:
     """A CLIP of real size with random weights: what it costs does not depend on them."""
     torch.manual_seed(0)
     logging.disable(logging.WARNING)  # that the weights are random
     model = open_clip.create_model(arch, pretrained=None, precision="fp32")
     logging.disable(logging.NOTSET)
-    return Backbone(model, open_clip.tokenizer.SimpleTokenizer(), arch)
+    return model
+
+
+def backbone(arch: str = "RN50") -> Backbone:
+    return Backbone(random_clip(arch), open_clip.tokenizer.SimpleTokenizer(), arch)
 
 
 def names(n: int) -> list[str]:
@@ -316,6 +324,85 @@ def growth(quick: bool) -> list[Row]:
     return [row._replace(ratio=row.seconds / rows[0].seconds) for row in rows]
 
 
+# ------------------------------------------------------------------------------------------------- whole runs
+
+
+def trainer_of(config: str, dataset: str, root: Path, folder: Path, seed: int, *opts: Any) -> Any:
+    """A LoGoPrompt trainer ready to train or to test; silent."""
+    argv = arguments("LoGoPrompt", dataset, config, root, folder, seed, "all")
+    cfg = train.setup_cfg(train.parse_args([*argv, *map(str, ("TRAIN.PRINT_FREQ", 10**6, *opts))]))
+    train.set_random_seed(seed)
+    with redirect_stdout(io.StringIO()):
+        return train.build_trainer(cfg)
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    with redirect_stdout(io.StringIO()):
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+
+def make_photos(root: Path, classes: int, images: int) -> None:
+    """A data set of noise in the size of photographs: an image of each class to train on, ``images`` to test on."""
+    for label in range(classes):
+        for part, count in (("train", 1), ("test", images)):
+            folder = root / part / f"{label:04d}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.default_rng([label, i]).integers(0, 256, (47, 63, 3), dtype=np.uint8)
+                Image.fromarray(pixels).resize((500, 375)).save(folder / f"{i}.jpg")
+    lines = [f"{label:04d} {name}\n" for label, name in enumerate(names(classes))]
+    (root / "classnames.txt").write_text("".join(lines), encoding="utf-8")
+
+
+def sweep(quick: bool) -> list[Row]:
+    """Evaluations of untrained prompts of two seeds; features of test images are kept from the first one on."""
+    classes, images = (20, 1) if quick else (50, 2)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        make_photos(root / "photos", classes, images)
+        torch.save(random_clip().state_dict(), root / "rn50.pt")
+        rows, predictions = [], {}
+        for label, seed, store in (
+            ("nothing is kept", 1, ""),
+            ("the first, features are kept", 1, root / "features.sqlite"),
+            ("the second", 1, root / "features.sqlite"),
+            ("another seed's first", 2, root / "features.sqlite"),
+            ("another seed's second", 2, root / "features.sqlite"),
+        ):
+            words = ("DATASET.NUM_SHOTS", 1, "MODEL.BACKBONE.NAME", root / "rn50.pt", "DATALOADER.NUM_WORKERS", 0)
+            trainer = trainer_of("rn50", "folder", root / "photos", root / label, seed, *words, "TEST.FEATURES", store)
+            passed = seconds(trainer.test)
+            same = predictions.setdefault(seed, trainer.predictions) == trainer.predictions
+            note = f"{len(trainer.predictions)} images, {classes} classes, K = 5"
+            rows.append(Row(label, passed, float("nan"), note if same else f"{note}: OTHER PREDICTIONS"))
+    return rows
+
+
+def learn(root: Path, epochs: int, shots: int, views: int) -> Row:
+    """Train on Shapes with the embedded CLIP, without a test."""
+    words = ("TRAINER.LOGOPROMPT.VIEWS", views, "DATASET.NUM_SHOTS", shots, "OPTIM.MAX_EPOCH", epochs)
+    words = (*words, "TEST.NO_TEST", True, "TRAIN.CHECKPOINT_FREQ", 0, "DATALOADER.NUM_WORKERS", 0)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of("tiny96_ep10_ctxv1", "shapes", root, Path(folder), 1, *words)
+        passed = seconds(trainer.train)
+    label = f"{epochs} epoch{'s' if epochs > 1 else ''}, {shots} shots, "
+    return Row(label + (f"{views} views, each encoded once" if views else "fresh views"), passed, float("nan"))
+
+
+def runs(quick: bool) -> list[Row]:
+    """Training runs as shots grow, and on kept views instead of fresh ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        learn(root, 1, 1, 0)  # draws the images, imports TensorBoard
+        grown = [learn(root, 1, shots, 0) for shots in ((4, 16) if quick else (1, 2, 4, 8, 16))]
+        epochs, shots, views = (8, 4, 2) if quick else (50, 16, 4)
+        fresh, kept = (learn(root, epochs, shots, v) for v in (0, views))
+    grown = [row._replace(ratio=row.seconds / grown[0].seconds) for row in grown]
+    return [*grown, fresh._replace(ratio=1.0), kept._replace(ratio=kept.seconds / fresh.seconds)]
+
+
 # ------------------------------------------------------------------------------------------------- command
 
 BENCHMARKS: dict[str, tuple[str, Callable[[bool], list[Row]]]] = {
@@ -323,6 +410,8 @@ BENCHMARKS: dict[str, tuple[str, Callable[[bool], list[Row]]]] = {
     "cocoop": ("A step of CoCoOp, RN50", cocoop_table),
     "step": ("A step and a test of LoGoPrompt beside bare encoder calls on the same tensors", step),
     "growth": ("A training step as C, K and B grow, RN50", growth),
+    "sweep": ("Evaluations of a sweep, RN50, 224 pixels", sweep),
+    "runs": ("Training runs on Shapes with the embedded CLIP, 32 classes, K = 5", runs),
     "lists": ("Reading the lists of a data set of ImageNet's size (1,281,000 training images)", lists),
 }
 
