@@ -41,6 +41,13 @@ def test_hard_negatives_are_not_just_the_top_classes():
     assert hard_negatives(logits, torch.tensor([0]), 2).tolist() == [[3, 2]]
 
 
+def test_hard_negatives_are_found_where_the_logits_are():
+    """No tensor of another device meets them; nothing is asked of the device."""
+    logits, label = torch.zeros(3, 7, device="meta"), torch.zeros(3, dtype=torch.long, device="meta")
+    negatives = hard_negatives(logits, label, 2)
+    assert negatives.device.type == "meta" and negatives.shape == (3, 2)
+
+
 def test_ties_go_to_the_lower_label():
     logits = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0]])
     assert top_classes(logits, 4).tolist() == [[1, 2, 4, 0]]

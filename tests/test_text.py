@@ -213,6 +213,35 @@ def test_no_more_than_a_chunk_is_encoded_at_a_time(backbone):
     assert sorted(classes) == [2, 2, 4, 4]  # forward, and again in the backward pass
 
 
+def test_what_fits_into_one_chunk_is_encoded_once(backbone):
+    classes = []
+    hook = backbone.blocks[0].mlp.register_forward_hook(lambda module, args, output: classes.append(output.shape[0]))
+    learner = PromptLearner(backbone, LENGTHS, 4, csc=True)
+    TextEncoder(backbone, len(LENGTHS))(*learner.parts()).sum().backward()
+    hook.remove()
+    assert classes == [len(LENGTHS)]
+
+
+@pytest.mark.parametrize(
+    "worth, passes",
+    [
+        (0, [[3], [0], [2], [1, 4]]),
+        (2, [[3, 0], [2], [1, 4]]),  # 1 token of padding, 3 with the next
+        (3, [[3, 0, 2], [1, 4]]),  # 1 + 2 are put up with, 7 more are not
+        (10, [[3, 0, 2, 1], [4]]),
+        (17, [[3, 0, 2, 1, 4]]),
+    ],
+)
+def test_prompts_share_a_pass_until_their_padding_is_worth_another(monkeypatch, worth, passes):
+    monkeypatch.setattr(text, "WORTH_A_PASS", worth)
+    assert text._alike([9, 3, 8, 10, 3]) == passes
+
+
+def test_chunks_keep_the_order():
+    assert text._split([4, 2, 9, 1, 7], 2) == [[4, 2], [9, 1], [7]]
+    assert text._split([4, 2, 9], 3) == text._split([4, 2, 9], 0) == [[4, 2, 9]]
+
+
 def test_a_shared_context_under_autocast(backbone):
     learner, encode = PromptLearner(backbone.float(), LENGTHS, 4), TextEncoder(backbone)
     try:
