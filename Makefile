@@ -1,5 +1,6 @@
 # make test     sets up .venv if need be, then runs the tests and says which lines they run
 # make mutants  changes the arithmetic of the method in a thousand ways and counts those that the tests notice
+# make soak     what kills runs at every moment there is; takes half an hour
 # make demo     the method on the embedded world; sets up .venv if need be, then takes minutes
 # make install  sets up .venv
 # make lint     ruff, check only
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 STAMP = $(VENV)/.installed
 
-.PHONY: test mutants demo install lint format
+.PHONY: test mutants soak demo install lint format
 
 test: install
 	$(VENV)/bin/python -m pytest --cov
@@ -24,6 +25,9 @@ $(VENV)/.mutmut: $(STAMP)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "mutmut needs Python 3.10 or newer"'
 	$(VENV)/bin/python -m pip install --quiet 'mutmut>=3.8,<4'
 	touch $@
+
+soak: install
+	$(VENV)/bin/python -m pytest -m soak
 
 demo: install
 	$(VENV)/bin/python tools/demo.py

@@ -32,6 +32,7 @@ import datasets
 import trainers
 from trainers.prompting.errors import UserError
 from trainers.prompting.names import flat_config
+from trainers.prompting.runs import locked
 
 
 def extend_cfg(cfg: CN) -> None:
@@ -113,8 +114,13 @@ def print_args(args: argparse.Namespace, cfg: CN) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """One run: train and test, or test only."""
+    """One run: train and test, or test only, with the output folder to itself."""
     cfg = setup_cfg(args)
+    with locked(cfg.OUTPUT_DIR):
+        _run(args, cfg)
+
+
+def _run(args: argparse.Namespace, cfg: CN) -> None:
     if cfg.SEED >= 0:
         print(f"Setting fixed seed: {cfg.SEED}")
         set_random_seed(cfg.SEED)
@@ -166,7 +172,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Returns the exit status: 0, or 2 for a mistake of the user's."""
+    """Returns the exit status: 0, or 2 for a mistake of the user's. A signal in training is a SystemExit (130, 143)."""
     try:
         run(parse_args(argv))
     except UserError as error:
@@ -186,4 +192,8 @@ def _fail(message: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before or after training, in which it is a matter of checkpoints
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

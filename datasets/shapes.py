@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import tempfile
 import zlib
 from typing import Any
@@ -75,7 +74,7 @@ def draw_dataset(folder: str, style: str, split_file: str) -> None:
             for i in range(count)
         ]
         print(f"Drawing {len(jobs)} images into {folder}")
-        for label, kind, part, i in tqdm(jobs, desc=os.path.basename(folder), disable=not sys.stderr.isatty()):
+        for label, kind, part, i in tqdm(jobs, desc=os.path.basename(folder), disable=None):
             path = f"{kind.replace(' ', '_')}/{part}_{i + 1:02d}.png"
             random = RandomState([VERSION, *(zlib.crc32(word.encode()) for word in (style, part, kind)), i])
             os.makedirs(os.path.join(temporary, "images", os.path.dirname(path)), exist_ok=True)

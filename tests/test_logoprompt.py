@@ -65,6 +65,7 @@ def test_training_loss_equals_the_loop(clip_file, form, location, k, classes):
     torch.manual_seed(7)
     places = random_places(5, SIZE, model.block, location).tolist()
 
+    lower = 0
     with torch.no_grad():
         text = naive_text_features(model)
         for i, (image, y) in enumerate(zip(images, labels.tolist())):
@@ -76,9 +77,11 @@ def test_training_loss_equals_the_loop(clip_file, form, location, k, classes):
                 for c in (y, *negatives)
             }
             positive = min(p[y], conditional[y])
+            lower += conditional[y] < p[y]
             others = sum(max(p[c], conditional[c]) for c in negatives)
             expected = -math.log(positive / (others + (positive if form == "infonce" else 0)))
             assert losses[i].item() == pytest.approx(expected, abs=2e-3)
+    assert model.conditional_minimum.item() == pytest.approx(lower / 5)
 
 
 @pytest.mark.parametrize("k, classes", [(5, 8), (2, 8), (5, 3), (8, 8), (1, 2)])

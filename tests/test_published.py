@@ -12,9 +12,9 @@ import torch
 from tiny import arguments
 
 import train
+from trainers.prompting.checkpoints import read_checkpoint
 from trainers.prompting.errors import UserError
 from trainers.prompting.inert import Placeholder, Unpickler, load_inert
-from trainers.prompting.trainer import read_checkpoint
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 UNPICKLED = []

@@ -47,6 +47,7 @@ def test_a_run_writes_what_is_promised(run, trainer):
     results = run(trainer)
     folder = run.folder / "run"
     assert sorted(p.name for p in folder.iterdir()) == [
+        ".lock",
         "config.yaml",
         "log.txt",
         "prompt_learner",
@@ -79,7 +80,7 @@ def test_only_the_prompt_learner_is_registered_trained_and_stored(run, trainer):
     checkpoint = torch.load(path, weights_only=True)
     assert list(checkpoint["state_dict"]) == (["ctx", *net] if trainer == "CoCoOp" else ["ctx"])
     assert checkpoint["classnames"] == BASE and checkpoint["epoch"] == 2
-    assert path.stat().st_size < 20_000
+    assert path.stat().st_size < 25_000
 
 
 @pytest.mark.parametrize("trainer", TRAINED)
@@ -301,6 +302,59 @@ def test_classes_in_chunks_train_the_same(run, trainer):
         assert run.trainer.model.text_encoder.chunk == chunk
         contexts.append(run.trainer.prompt_learner.ctx.detach())
     torch.testing.assert_close(*contexts, atol=1e-5, rtol=0)
+
+
+def curves(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("trainer", TRAINED)
+def test_tensorboard_has_a_point_for_every_step_and_evaluation(run, trainer):
+    results = run(trainer)
+    found = curves(run.folder / "run")
+    steps = list(range(4))  # two epochs of two batches
+    for name in ("loss", "acc", "lr", *(["conditional_minimum"] if trainer == "LoGoPrompt" else [])):
+        assert [step for step, _ in found[f"train/{name}"]] == steps
+    assert found["test/accuracy"] == [(1, pytest.approx(results["metrics"]["accuracy"], rel=1e-6))]
+    for name, value in results["observed"].items():
+        assert found[f"test/{name}"] == [(1, pytest.approx(value, rel=1e-6))]
+
+
+def test_what_the_selection_changes(run):
+    """From the scores of every test image one by one; with a store of features as well."""
+    store, large = run.folder / "features.sqlite", ("TRAINER.LOGOPROMPT.BLOCK_HEIGHT", 0.9)  # for something to change
+    for _ in range(2):
+        results = run("LoGoPrompt", "TEST.FEATURES", store, *large, out=str(len(list(run.folder.iterdir()))))
+        trainer, changed, right, n = run.trainer, 0, 0, 0
+        with torch.no_grad():
+            text = trainer.model.text_features()
+            for batch in trainer.test_loader:
+                alone = trainer.model.log_p(trainer.model.backbone.encode_image(batch["img"]), text).argmax(dim=1)
+                for path, label, found in zip(trainer.relative_paths(batch), batch["label"], alone):
+                    changed += trainer.predictions[path] != found
+                    right += int(found == label)
+                    n += 1
+        assert results["observed"] == {
+            "changed_by_selection": pytest.approx(100 * int(changed) / n),
+            "accuracy_without_selection": pytest.approx(100 * right / n),
+        }
+        assert results["observed"]["changed_by_selection"] > 0
+    assert run("CoOp", out="coop")["observed"] == {}
+    assert run("LoGoPrompt", "TRAINER.LOGOPROMPT.VISUAL_PROMPT", "paired", out="paired")["observed"] == {}
+
+
+@pytest.mark.parametrize("trainer", ["CoOp", "LoGoPrompt"])
+def test_a_run_ends_with_one_line_that_says_what_came_of_it_and_where_it_is(run, trainer):
+    results = run(trainer)
+    last = (run.folder / "run" / "log.txt").read_text().splitlines()[-1]
+    assert f"{trainer} on Caltech101, base classes, 4 shots, seed 1" in last
+    assert f"accuracy {results['metrics']['accuracy']:.2f} % (16 images)" in last
+    assert last.endswith(str(run.folder / "run" / "results.json"))
+    run(trainer, "TEST.NO_TEST", True, out="untested")
+    assert "not tested" in (run.folder / "untested" / "log.txt").read_text().splitlines()[-1]
 
 
 def test_collapse_is_said_once(capsys):

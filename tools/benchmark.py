@@ -103,7 +103,7 @@ def measure(label: str, function: Callable[..., str], *args: Any) -> Row:
 def make_imagenet(root: Path, classes: int, train_images: int, val_images: int) -> None:
     """Folders and names as ImageNet has them; the images are empty files."""
     for part, count in (("train", train_images), ("val", val_images)):
-        for label in tqdm(range(classes), desc=f"making {part}", disable=not sys.stderr.isatty()):
+        for label in tqdm(range(classes), desc=f"making {part}", disable=None):
             folder = root / "imagenet" / "images" / part / f"n{label:08d}"
             folder.mkdir(parents=True)
             for i in range(count):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -79,7 +78,7 @@ def bad_images(title: str, folder: str, paths: list[str], workers: int) -> Itera
 
     Threads do, since Pillow lets go of Python's lock while it decodes.
     """
-    bar = tqdm(total=len(paths), desc=title, unit=" images", leave=False, disable=not sys.stderr.isatty())
+    bar = tqdm(total=len(paths), desc=title, unit=" images", leave=False, disable=None)
     with warnings.catch_warnings(), ThreadPool(workers) as pool, bar:
         warnings.simplefilter("ignore")  # of odd metadata, and of images large but not too large
         full = (os.path.join(folder, path) for path in paths)

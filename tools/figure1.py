@@ -60,7 +60,7 @@ def zero_shot(trainer: Any, title: str = "figure 1") -> dict[str, torch.Tensor]:
     text_features = encode_texts(backbone, [HAND_MADE.format(clean_name(name)) for name in trainer.classnames])
     n_classes = len(text_features)
     found: dict[str, list[torch.Tensor]] = {}
-    for batch in tqdm(trainer.test_loader, desc=title, disable=not sys.stderr.isatty(), leave=False):
+    for batch in tqdm(trainer.test_loader, desc=title, disable=None, leave=False):
         image, label = trainer.parse_batch_test(batch)
         features = backbone.encode_image(image)
         p = log_probabilities(backbone.logits(features, text_features)).exp()

@@ -29,11 +29,12 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from trainers.logoprompt import draw_visual_prompts
+from trainers.prompting.checkpoints import load_checkpoint
 from trainers.prompting.errors import UserError
 from trainers.prompting.images import read_image
 from trainers.prompting.names import relative_path
 from trainers.prompting.synthetic import VisualPrompts, fixed_places, paste
-from trainers.prompting.trainer import find_checkpoint, per_class_state, read_checkpoint
+from trainers.prompting.trainer import per_class_state
 
 GAP = 4  # pixels between pictures
 CONFIG = Path(train.__file__).parent / "configs" / "trainers" / "LoGoPrompt" / "vit_b16_ctxv1.yaml"
@@ -45,8 +46,7 @@ def tuned(blocks: torch.Tensor, classnames: Sequence[str], model_dir: str) -> to
     Raises:
         UserError: no checkpoint, or of a run without tunable visual prompts or with blocks of another size.
     """
-    path = find_checkpoint(model_dir)
-    checkpoint = read_checkpoint(path)
+    path, checkpoint = load_checkpoint(model_dir)
     pixels = checkpoint["state_dict"].get("visual_prompts.pixels")
     if pixels is None:
         raise UserError(f"{path}: its visual prompts were not tuned; train with TRAINER.LOGOPROMPT.TUNE_VISUAL True")

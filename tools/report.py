@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from report_examples import Example, predictions
 from report_figures import Plot, draw_plot, inline_svg, plots
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,15 +174,27 @@ def read_examples(folder: Path) -> list[tuple[str, str]]:
     ]
 
 
-def page(report: Report, figures: Sequence[Plot], examples: Sequence[tuple[str, str]], source: str) -> str:
-    """``report.html``: CSS and pictures inside."""
+def page(
+    report: Report,
+    figures: Sequence[Plot],
+    predicted: tuple[Sequence[Example], Optional[Run]],
+    examples: Sequence[tuple[str, str]],
+    source: str,
+) -> str:
+    """``report.html``: CSS and pictures inside.
+
+    Args:
+        predicted: example predictions, and the run that made them.
+        examples: (data URI, caption) of further pictures; source: of their captions.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     drawn = [(plot, [inline_svg(panel, f"{plot.name}-{i}") for i, panel in enumerate(plot.panels)]) for plot in figures]
     return environment.get_template("report.html").render(
-        report=report, summary=summary(report), figures=drawn, examples=examples, source=source, shown=shown
-    )
+        report=report, summary=summary(report), figures=drawn, predictions=predicted[0], predictor=predicted[1],
+        examples=examples, source=source, shown=shown,
+    )  # fmt: skip
 
 
 def write(folder: Path, files: dict[str, bytes]) -> None:
@@ -213,9 +226,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--partial", action="store_true", help="make the report of what there is")
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "report", help="folder to write to")
     parser.add_argument(
+        "--predictions", type=int, default=6, metavar="N",
+        help="test images on the page with what one run predicts for them; 0: none, no model is loaded",
+    )  # fmt: skip
+    parser.add_argument(
         "--examples", type=Path, help="folder of PNG or JPEG pictures for the page, with captions.json or by file name"
     )
     args = parser.parse_args(argv)
+    if args.predictions < 0:
+        parser.error(f"--predictions {args.predictions}: must not be negative")
     seeds = sorted(set(args.seeds))
     try:
         examples = read_examples(args.examples) if args.examples else []
@@ -238,7 +257,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         source = "captions.json" if args.examples and (args.examples / "captions.json").exists() else "the file names"
         files = {f"{plot.name}.{kind}": draw_plot(plot, kind) for plot in figures for kind in ("png", "svg")}
         texts = {"runs.csv": runs_csv(report), "cells.csv": cells_csv(report), "report.md": markdown(report)}
-        texts["report.html"] = page(report, figures, examples, source)
+        predicted, predictor, why = predictions(report.runs, args.predictions) if args.predictions else ([], None, "")
+        if why:
+            print(f"no example predictions (--predictions): {why}", file=sys.stderr)
+        texts["report.html"] = page(report, figures, (predicted, predictor), examples, source)
         write(args.out, {**files, **{name: text.encode() for name, text in texts.items()}})
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -75,7 +75,7 @@ def training_bar(title: str) -> Iterator[None]:
     def forward_backward(self: PromptTrainer, batch: dict[str, Any]) -> dict[str, float]:
         if not bars:
             total = self.max_epoch * self.num_batches
-            bars.append(tqdm(total=total, desc=f"{title}: training", disable=not sys.stderr.isatty(), leave=False))
+            bars.append(tqdm(total=total, desc=f"{title}: training", disable=None, leave=False))
         summary = original(self, batch)
         bars[0].update()
         if bars[0].n == bars[0].total:

@@ -126,6 +126,7 @@ class CustomCLIP(nn.Module):
         else:
             self.register_buffer("rendered", self.normalise(blocks), persistent=False)
         self._block_digests: Optional[list[bytes]] = None  # of rendered blocks, once they are asked for
+        self.conditional_minimum: Optional[torch.Tensor] = None  # share of positives whose minimum is p(y|x_y)
 
     @property
     def visual_prompts(self) -> torch.Tensor:
@@ -222,6 +223,8 @@ class CustomCLIP(nn.Module):
         original_p = log_p.gather(1, classes)  # log p(y|x), log p(c_k|x)
         conditional_p = self.log_p(conditional, text_features).gather(2, classes.unsqueeze(2)).squeeze(2)
 
+        self.conditional_minimum = (conditional_p[:, 0] < original_p[:, 0]).float().mean()
+
         if self.visual_prompt == "text_augmentation":
             return -(original_p[:, 0] + conditional_p[:, 0]) / 2, log_p
 
@@ -299,6 +302,7 @@ class LoGoPrompt(PromptTrainer):
     """Text prompts learned by the min-max loss over class-conditional images; prediction by selection."""
 
     network = CustomCLIP
+    unselected: Optional[dict[str, int]] = None  # in a test: what the original image alone is taken for, by path
     scaled = ("amp", "fp16")  # gradients of pixels, and of an MLP whose output hardly depends on its input, are small
 
     def check_cfg(self, cfg: CN) -> None:
@@ -373,6 +377,13 @@ class LoGoPrompt(PromptTrainer):
             self.device,
             cfg.TRAIN.DECODED_GB * 2**30,
         )
+
+    def method_state(self) -> dict[str, Any]:
+        return {} if self.bank is None else {"bank": self.bank.state()}
+
+    def set_method_state(self, state: dict[str, Any]) -> None:
+        if self.bank is not None and "bank" in state:
+            self.bank.set_state(state["bank"])
 
     def parameter_groups(self, prompt_learner: nn.Module) -> Optional[list[dict[str, Any]]]:
         method = self.cfg.TRAINER.LOGOPROMPT
@@ -470,5 +481,28 @@ class LoGoPrompt(PromptTrainer):
             losses, log_p = self.model.contrast(self.bank.batch(batch["index"], self.epoch), label)
         return losses.mean(), log_p, label
 
+    def curves(self) -> dict[str, torch.Tensor]:
+        share = self.model.conditional_minimum
+        return {} if share is None else {"conditional_minimum": 100 * share}
+
+    def test(self, split: Optional[str] = None) -> float:
+        self.unselected = {}
+        return super().test(split)
+
     def score(self, images: ImageBatch) -> torch.Tensor:
+        if self.unselected is not None:
+            alone = self.model.log_p(images.features(), self.prompt_text)
+            self.unselected.update(zip(images.paths, alone.argmax(dim=1).tolist()))
         return self.model.select(images, self.prompt_text)
+
+    def observe(self, labels: dict[str, int]) -> dict[str, float]:
+        """Share of predictions that the selection changes, and the accuracy without it."""
+        if self.model.visual_prompt != "selection":
+            return {}
+        alone = self.unselected
+        changed = sum(alone[path] != label for path, label in self.predictions.items())
+        right = sum(alone[path] == label for path, label in labels.items())
+        return {
+            "changed_by_selection": 100 * changed / len(alone),
+            "accuracy_without_selection": 100 * right / len(alone),
+        }

@@ -4,6 +4,7 @@
 #   number WHAT VALUE; need FILE         fail unless it is a number from 1 on; unless it is there
 #   arguments "USAGE" NAMES… -- WORDS…   words of the command line: NAMES are set in their order, then SEEDS and OPTS
 #   config DATASET CFG                   sets CFG, unless the environment has it; both files must exist
+#   finished DIR                         whether there are results of a run; damaged ones count as none
 #   run DIR DATASET SUBSET [FLAGS …] -- [KEY VALUE …]   one run of train.py: skipped when finished, resumed when not
 #   zero_shot                            whether TRAINER has nothing to train
 #   learn DIR DATASET SUBSET             the same with OPTS; zero-shot the test alone
@@ -95,6 +96,8 @@ need() {
     if [ ! -f "$1" ]; then fail "$ROOT/$1: no such file; see the data set, TRAINER and CFG"; fi
 }
 
+finished() { [ -f "$1/results.json" ] && "$PYTHON" trainers/prompting/results.py --finished "$1" > /dev/null; }
+
 run() {
     local dir=$1 dataset=$2 subset=$3 flags=()
     shift 3
@@ -103,17 +106,27 @@ run() {
     # What the folder's name does not say, so that an old result is never taken for that of another command.
     local config="configs/trainers/$CFG_DIR/$CFG.yaml" data="configs/datasets/$dataset.yaml" asked
     asked="BACKBONE=$BACKBONE $data ($(cksum < "$data" | cut -d' ' -f1)) $config ($(cksum < "$config" | cut -d' ' -f1)) $*"
+    # One script at a time, so that asked.txt is of the run whose files lie beside it. train.py has a lock of its own.
+    mkdir -p "$dir" || exit 2
+    if [ -w "$dir" ]; then
+        exec 9> "$dir/.asked.lock"
+        if command -v flock > /dev/null && ! flock -n 9; then
+            fail "$dir: another run is writing into this folder; wait for its end or set OUTPUT"
+        fi
+    fi
     if [ -f "$dir/results.json" ] || [ -f "$dir/prompt_learner/checkpoint" ]; then
         if [ "$(cat "$dir/asked.txt" 2> /dev/null)" != "$asked" ]; then
             fail "$dir belongs to another run ($(cat "$dir/asked.txt" 2> /dev/null), now $asked): set OUTPUT or delete it"
         fi
     fi
-    if [ -f "$dir/results.json" ]; then
+    if finished "$dir"; then
         echo "finished before, skipped: $dir"
         return
     fi
-    mkdir -p "$dir" || exit 2
-    printf '%s\n' "$asked" > "$dir/asked.txt"
+    if [ ! -w "$dir" ]; then fail "$dir: this folder cannot be written; set OUTPUT"; fi
+    # Under a name of its own first: on a full disk nothing is cut short.
+    printf '%s\n' "$asked" 2> /dev/null > "$dir/.asked.tmp" || fail "$dir/asked.txt cannot be written: is the disk full?"
+    mv -f "$dir/.asked.tmp" "$dir/asked.txt"
     "$PYTHON" train.py \
         --root "$DATA" \
         --seed "$SEED" \
@@ -126,7 +139,8 @@ run() {
         DATASET.NUM_SHOTS "$SHOTS" \
         DATASET.SUBSAMPLE_CLASSES "$subset" \
         TEST.FEATURES "$FEATURES" \
-        "$@"
+        "$@" 9>&-
+    exec 9>&-
 }
 
 learn() {

@@ -2,6 +2,7 @@
 
 ``backbone`` is the one door to CLIP weights, ``text`` makes text features out of prompts, ``synthetic`` makes
 class-conditional images out of class names, ``selection`` holds the min-max loss and the selection rule,
-``results`` writes and reads ``results.json``, ``inert`` reads the original CoOp's checkpoints without executing them,
+``results`` writes and reads ``results.json``, ``checkpoints`` does so with checkpoints (the original CoOp's by way of
+``inert``, without executing them), ``runs`` keeps a run folder to one process and ends training on a signal,
 ``trainer`` is what every Dassl trainer of ours shares.
 """

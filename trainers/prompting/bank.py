@@ -60,6 +60,8 @@ class FeatureBank:
         self._room = room
         self._rows: dict[tuple[int, int, int], int] = {}  # (image, view, class, -1 for none) -> row of _features
         self._features = torch.empty(0)
+        self._groups: list[torch.Tensor] = []  # (n, 3) keys of what was encoded together, in that order
+        self._earlier: dict[tuple[int, int, int], int] = {}  # of those the ones that another process encoded
         uniform = torch.rand(len(items), views, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         self.places = draw_places(uniform.view(-1, 2)).reshape(len(items), views, 2)
 
@@ -84,20 +86,39 @@ class FeatureBank:
     def look_up(self, index: Sequence[int], view: int, classes: Sequence[int]) -> torch.Tensor:
         """(P, E) features of P pairs of an image and a class, -1 for the image as it is; what is missing is encoded."""
         keys = [(i, view, c) for i, c in zip(index, classes)]
+        for key in keys:
+            if key in self._earlier and key not in self._rows:
+                self._encode([tuple(k) for k in self._groups[self._earlier[key]].tolist()])
         missing = list(dict.fromkeys(key for key in keys if key not in self._rows))
         if missing:
-            images = sorted({i for i, _, _ in missing})
-            pixels = torch.stack([self.pixels(i, view) for i in images]).to(self.device)
-            row = {i: n for n, i in enumerate(images)}
-            plain = [key for key in missing if key[2] < 0]
-            pasted = [key for key in missing if key[2] >= 0]
-            if plain:
-                self._add(plain, self.encode(pixels[[row[i] for i, _, _ in plain]]))
-            if pasted:
-                rows, c = ([row[i] for i, _, _ in pasted], [c for _, _, c in pasted])
-                places = self.places[images, view]
-                self._add(pasted, self.encode_pairs(pixels, places, torch.tensor(rows), torch.tensor(c)))
+            self._groups.append(torch.tensor(missing, dtype=torch.int32))
+            self._encode(missing)
         return self._features[[self._rows[key] for key in keys]]
+
+    def _encode(self, missing: Sequence[tuple[int, int, int]]) -> None:
+        """Encode what is not there yet, all of one view."""
+        view = missing[0][1]
+        images = sorted({i for i, _, _ in missing})
+        pixels = torch.stack([self.pixels(i, view) for i in images]).to(self.device)
+        row = {i: n for n, i in enumerate(images)}
+        plain = [key for key in missing if key[2] < 0]
+        pasted = [key for key in missing if key[2] >= 0]
+        if plain:
+            self._add(plain, self.encode(pixels[[row[i] for i, _, _ in plain]]))
+        if pasted:
+            rows, c = ([row[i] for i, _, _ in pasted], [c for _, _, c in pasted])
+            places = self.places[images, view]
+            self._add(pasted, self.encode_pairs(pixels, places, torch.tensor(rows), torch.tensor(c)))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What was encoded together. The last digits of a feature hang on it, so a run that goes on does the same."""
+        sizes = torch.tensor([len(group) for group in self._groups], dtype=torch.int32)
+        return {"keys": torch.cat([torch.empty(0, 3, dtype=torch.int32), *self._groups]), "sizes": sizes}
+
+    def set_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Encode what is asked for as the bank did whose :meth:`state` this is; nothing is encoded now."""
+        self._groups = list(state["keys"].split(state["sizes"].tolist())) if len(state["sizes"]) else []
+        self._earlier = {tuple(key): n for n, group in enumerate(self._groups) for key in group.tolist()}
 
     def _add(self, keys: Sequence[tuple[int, int, int]], features: torch.Tensor) -> None:
         start, needed = len(self._rows), len(self._rows) + len(keys)

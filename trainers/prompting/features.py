@@ -216,10 +216,14 @@ class ImageBatch:
         self.backbone, self.network, self.paths, self.pixels = backbone, network, paths, pixels
         self.store, self.keys = store, keys
         self.complete = [True] * len(paths)
+        self._features: Optional[torch.Tensor] = None
 
     def features(self) -> torch.Tensor:
-        """f(x): (B, E), of unit length."""
-        return self._kept(self.keys, range(len(self.paths)), lambda rows: self.backbone.encode_image(self.pixels[rows]))
+        """f(x): (B, E), of unit length; encoded once, however often it is asked for."""
+        if self._features is None:
+            encode = lambda rows: self.backbone.encode_image(self.pixels[rows])  # noqa: E731
+            self._features = self._kept(self.keys, range(len(self.paths)), encode)
+        return self._features
 
     def conditional(self, classes: torch.Tensor) -> torch.Tensor:
         """f(x_c) of (B, N) classes for each image: (B, N, E), of unit length."""

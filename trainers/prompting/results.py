@@ -1,19 +1,25 @@
 """``results.json``: what a run measured, in full precision, and at the same time the mark that it is complete.
 
-Standard library only. As a program it prints base, new and their harmonic mean H of two runs:
+Standard library only. As a program it prints base, new and their harmonic mean H of two runs; or it says, by its exit
+status, whether a run is finished:
 
     python trainers/prompting/results.py <folder of the base run> <folder of the new run>
+    python trainers/prompting/results.py --finished <folder>
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
-import tempfile
-from typing import Any
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, Any
 
 NAME = "results.json"
+TEMPORARY = re.compile(r"\..+-[0-9a-f]{12}\.tmp|model.*\.tmp")  # the second: of older versions
 
 
 def write_results(folder: str, results: dict[str, Any]) -> str:
@@ -25,19 +31,55 @@ def write_results(folder: str, results: dict[str, Any]) -> str:
 
 def write_text(path: str, text: str) -> None:
     """Write a file atomically: it is either there and whole, or as it was before."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def replacing(path: str) -> Iterator[IO[bytes]]:
+    """Open a file that takes the place of ``path`` once it is written and on the disk.
+
+    Whatever happens before (an error, a kill, a power cut) leaves an older file as it was; a kill leaves a temporary
+    file beside it, which :func:`remove_leftovers` takes away.
+
+    Raises:
+        OSError: it cannot be written, for example on a full disk; with ``path`` as its file name.
+    """
     folder, name = os.path.split(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}-")
+    temporary = os.path.join(folder, f".{name}-{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        os.makedirs(folder, exist_ok=True)
+        with open(temporary, "xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
+        _sync_folder(folder)
+    except BaseException as error:
+        with suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno and error.filename in (None, temporary):
+            raise type(error)(error.errno, os.strerror(error.errno), path) from error
         raise
+
+
+def _sync_folder(folder: str) -> None:
+    """Push a new name in a folder to the disk, where the system can."""
+    with suppress(OSError):  # Windows, some network file systems
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_leftovers(folder: str) -> None:
+    """Remove the temporary files that a killed run left. Only for who alone writes into the folder."""
+    with suppress(FileNotFoundError):
+        for name in os.listdir(folder):
+            if TEMPORARY.fullmatch(name):
+                with suppress(OSError):
+                    os.unlink(os.path.join(folder, name))
 
 
 def read_results(folder: str) -> dict[str, Any]:
@@ -46,12 +88,27 @@ def read_results(folder: str) -> dict[str, Any]:
         return json.load(file)
 
 
+def is_finished(folder: str) -> bool:
+    """Whether there are results; with a line on stderr where the file is damaged, which counts as none."""
+    try:
+        if isinstance(read_results(folder)["metrics"], dict):
+            return True
+    except FileNotFoundError:
+        return False
+    except (ValueError, KeyError, TypeError):  # empty, cut, something else
+        pass
+    print(f"WARNING: {os.path.join(folder, NAME)} is damaged: the run counts as unfinished", file=sys.stderr)
+    return False
+
+
 def harmonic_mean(base: float, new: float) -> float:
     """H = 2 * base * new / (base + new), of two accuracies in percent; 0 where both are 0."""
     return 2 * base * new / (base + new) if base + new else 0.0
 
 
 def main(argv: list[str]) -> int:
+    if len(argv) == 2 and argv[0] == "--finished":
+        return 0 if is_finished(argv[1]) else 1
     if len(argv) != 2:
         print(__doc__, file=sys.stderr)
         return 2

@@ -6,9 +6,10 @@ how it scores images (``text_features`` once per evaluation, ``score`` per batch
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import inspect
 import os
-import pickle
 import sqlite3
 import sys
 import time
@@ -30,24 +31,37 @@ from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
 from dassl.utils import load_pretrained_weights
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import get_worker_info
 from tqdm import tqdm
 from yacs.config import CfgNode
 
 from .backbone import Backbone, load_clip
+from .bank import seeded
+from .checkpoints import (
+    BEST,
+    PROMPT_LEARNER,
+    load_checkpoint,
+    numbered,
+    random_states,
+    read_checkpoint,
+    set_random_states,
+    whole_checkpoints,
+    write_checkpoint,
+)
 from .errors import UserError
 from .features import FeatureStore, ImageBatch, NotAStore, encoder_key, image_key
 from .images import DecodedImages, decoded_size, read_image
-from .inert import load_inert
 from .names import flat_config, matching_names, relative_path
-from .results import write_results, write_text
+from .results import remove_leftovers, write_results, write_text
+from .runs import Stopped, command, locked, quiet_threads, stoppable
 
 PRECISIONS = ("fp16", "fp32", "amp", "bf16")  # bf16: autocast like amp, in bfloat16, which needs no scaled loss
-PROMPT_LEARNER = "prompt_learner"
-BEST = "model-best.pth.tar"
 IDENTITY = ("TRAINER.NAME", "MODEL.BACKBONE.NAME")  # without these the same a checkpoint means nothing
 # What may change between a run and its continuation without making it another run.
 FREE_KEYS = ("OUTPUT_DIR", "RESUME", "VERBOSE", "USE_CUDA", "DATASET.ROOT", "DATALOADER.NUM_WORKERS", "TRAIN.", "TEST.")
 MEANINGFUL = 5.0  # percentage points above chance from which on losing half of them is no accident
+MIN_SCALE = 2.0**-16  # of the loss in mixed precision: gradients that overflow even so do not come from its size
+NAMED = 3  # images named where a batch goes wrong
 DERIVED = ("token_prefix", "token_suffix")  # in checkpoints of the original CoOp; they belong to its class names
 
 
@@ -65,6 +79,21 @@ class ImageDataset(DatasetWrapper):
     Dassl.pytorch passes Pillow's errors on as they are."""
 
     decoded: Optional[DecodedImages] = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.epoch = torch.zeros((), dtype=torch.int64)
+        if self.is_train and self.cfg.DATALOADER.NUM_WORKERS > 0:
+            self.epoch.share_memory_()  # workers that live on are told of a new epoch by this
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The images of a batch. In a worker augmentation is a function of (seed, epoch, batch): the same however many
+        workers there are and whether they are new, as in a run that goes on, or have drawn numbers before."""
+        if get_worker_info() is None or not self.is_train:
+            return [self[i] for i in indices]
+        key = f"{max(self.cfg.SEED, 0)}/{int(self.epoch)}/{list(indices)}"
+        with seeded(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")):
+            return [self[i] for i in indices]
 
     def decode(self, limit: float) -> None:
         """Keep all images decoded unless they take more than ``limit`` bytes; due before workers are started."""
@@ -96,6 +125,10 @@ class PromptTrainer(TrainerX):
     network: type[nn.Module]  # (cfg, classnames, backbone) -> module with prompt_learner and text_features()
     model_dir = ""
     _encoder_key: Optional[bytes] = None  # test and validation images have the same transform
+    best_epoch: Optional[int] = None  # whose model is kept as the best
+    _kept: Optional[dict[str, Any]] = None  # state after the last whole epoch, where no checkpoint holds it
+    _good: tuple[str, int] = ("", 0)  # last checkpoint and its epoch
+    _paths: Sequence[str] = ()  # images of the batch at work
     busy = 0.0  # seconds of an epoch that went into steps; the rest is waiting for images
 
     # ------------------------------------------------------------------------------------------------ building
@@ -208,6 +241,9 @@ class PromptTrainer(TrainerX):
 
     def before_epoch(self) -> None:
         super().before_epoch()
+        data = self.train_loader_x.dataset
+        if isinstance(data, ImageDataset):
+            data.epoch.fill_(self.epoch)
         for index, (first, stage) in enumerate(self._timetable()):
             if first == self.epoch and stage.MAX_EPOCH > 0:
                 self.begin_stage(index)
@@ -233,24 +269,58 @@ class PromptTrainer(TrainerX):
 
     def forward_backward(self, batch: dict[str, Any]) -> dict[str, float]:
         start = time.perf_counter()
+        self._paths = batch.get("impath", ())
         with self.autocast:
             loss, logits, label = self.loss(batch)
         if self.scaler is None:
             self.model_backward_and_update(loss)
         else:
-            self.detect_anomaly(loss)  # gradients may overflow, which the scaler sees to; the loss may not
-            self.optim.zero_grad()
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optim)
-            self.scaler.update()
+            self._scaled_update(loss)
         self.after_step()
         accuracy = compute_accuracy(logits, label)[0].item()
         self.watch.update(accuracy, len(label))
         if self.batch_idx + 1 == self.num_batches:
             self.update_lr()
         summary = {"loss": loss.item(), "acc": accuracy}
+        if self._writer is not None:
+            step = self.epoch * self.num_batches + self.batch_idx  # Dassl's count
+            for name, value in self.curves().items():
+                self.write_scalar(f"train/{name}", float(value), step)
         self.busy += time.perf_counter() - start
         return summary
+
+    def _scaled_update(self, loss: torch.Tensor) -> None:
+        """A step in mixed precision. Gradients may overflow: the scaler then skips the step and halves the scale."""
+        self.detect_anomaly(loss)
+        self.optim.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optim)
+        self.scaler.update()
+        if self.scaler.get_scale() < MIN_SCALE:
+            raise FloatingPointError(self._what_went_wrong("the gradients overflow, however small the loss is scaled"))
+
+    def detect_anomaly(self, loss: torch.Tensor) -> None:
+        """Dassl's hook before the backward pass. Raises FloatingPointError, with epoch, batch and images."""
+        if not torch.isfinite(loss).all():
+            raise FloatingPointError(self._what_went_wrong(f"the loss is {loss.detach().float().mean().item()}"))
+
+    def model_update(self, names: Any = None) -> None:
+        """Dassl's step of the optimiser, unless it would make parameters NaN. Raises FloatingPointError then."""
+        gradients = [p.grad for p in self.prompt_learner.parameters() if p.grad is not None]
+        if gradients and not torch.stack([torch.isfinite(g).all() for g in gradients]).all():
+            raise FloatingPointError(self._what_went_wrong("the loss is finite, its gradients are not"))
+        super().model_update(names)
+
+    def _what_went_wrong(self, what: str) -> str:
+        """One line: epoch, batch, and images of the batch."""
+        paths = list(self._paths)
+        more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+        where = f"epoch [{self.epoch + 1}/{self.max_epoch}] batch [{self.batch_idx + 1}/{self.num_batches}]"
+        return f"{where}: {what}; images of the batch: {', '.join(paths[:NAMED])}{more}"
+
+    def curves(self) -> dict[str, torch.Tensor]:
+        """What TensorBoard shows of a training step beside loss, accuracy and learning rate: scalars by name."""
+        return {}
 
     def after_step(self) -> None:
         """Called after every step of the optimiser; nothing by default."""
@@ -263,8 +333,9 @@ class PromptTrainer(TrainerX):
         self, loader: Iterable[dict[str, Any]], encode: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, E) image features in float32, ``encode`` of (B, 3, H, H), and (N,) labels of all images of a loader."""
+        bar = tqdm(loader, desc="features", disable=None, leave=False)
         with self.autocast:
-            pairs = [(encode(batch["img"].to(self.device)), batch["label"].to(self.device)) for batch in loader]
+            pairs = [(encode(batch["img"].to(self.device)), batch["label"].to(self.device)) for batch in bar]
         features, labels = zip(*pairs)
         return torch.cat(features).float(), torch.cat(labels)
 
@@ -281,11 +352,35 @@ class PromptTrainer(TrainerX):
         if self.prompt_learner is None:
             raise UserError(f"{self.cfg.TRAINER.NAME} has nothing to train: add --eval-only")
         self.watch = CollapseWatch(self.num_classes)
-        self._write_config()
-        super().train()
+        with locked(self.cfg.OUTPUT_DIR), stoppable(), quiet_threads():
+            for folder in (self.cfg.OUTPUT_DIR, os.path.join(self.cfg.OUTPUT_DIR, PROMPT_LEARNER)):
+                remove_leftovers(folder)
+            try:
+                super().train()
+            except Stopped as stop:
+                said = f"stopped by {stop.signal}: {self._keep_last_epoch()}"
+                print(f"{said}; to go on, in {os.getcwd()}: {command()}", file=sys.stderr)
+                raise
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error}; {self._keep_last_epoch()}") from error
+            except OSError as error:
+                if (
+                    error.errno and error.filename is None
+                ):  # TensorBoard and Dassl's log do not say where the disk is full
+                    raise type(error)(error.errno, error.strerror, self.cfg.OUTPUT_DIR) from error
+                raise
+
+    def _keep_last_epoch(self) -> str:
+        """Write the checkpoint of the last whole epoch unless there is one. Returns where it is, in words."""
+        if self._kept is not None:
+            state, self._kept = self._kept, None
+            self._write_checkpoint(state, self.cfg.OUTPUT_DIR)
+        path, epoch = self._good
+        return f"the last good checkpoint is {path}, after epoch {epoch}" if path else "no epoch was finished before"
 
     def before_train(self) -> None:
         super().before_train()
+        self._write_config()
         data = self.train_loader_x.dataset
         if isinstance(data, ImageDataset):
             data.decode(self.cfg.TRAIN.get("DECODED_GB", 0) * 2**30)
@@ -300,8 +395,17 @@ class PromptTrainer(TrainerX):
         )
 
     def after_epoch(self) -> None:
+        self._check_parameters()
         self.watch.epoch_ends(self.epoch + 1)
         super().after_epoch()
+        # What a signal or a number gone wrong in the next epoch finds.
+        self._kept = copy.deepcopy(self._state(self.epoch)) if self._good[1] != self.epoch + 1 else None
+
+    def _check_parameters(self) -> None:
+        """No checkpoint holds parameters that are not finite. Raises FloatingPointError."""
+        for name, parameter in self.prompt_learner.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise FloatingPointError(f"epoch [{self.epoch + 1}/{self.max_epoch}]: {name} is not finite any more")
 
     def after_train(self) -> None:
         super().after_train()
@@ -316,35 +420,47 @@ class PromptTrainer(TrainerX):
 
         The schedule is a function of the epoch, so the scheduler's state is not stored.
         """
-        folder = os.path.join(directory, PROMPT_LEARNER)
-        os.makedirs(folder, exist_ok=True)
-        model_name = model_name or (BEST if is_best else f"model.pth.tar-{epoch + 1}")
-        state = {
+        model_name = model_name or (BEST if is_best else "")
+        if model_name == BEST:
+            self.best_epoch = epoch + 1
+        self._write_checkpoint(self._state(epoch, val_result), directory, model_name)
+
+    def _state(self, epoch: int, val_result: Any = None) -> dict[str, Any]:
+        """All that decides how training goes on after an epoch (counted from 0). Tensors are not copied."""
+        return {
             "state_dict": self.prompt_learner.state_dict(),
             "epoch": epoch + 1,
             "optimizer": self.optim.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "val_result": None if val_result is None else float(val_result),
             "best_result": float(self.best_result),
+            "best_epoch": self.best_epoch,
             "watch": {"best": self.watch.best, "collapsed": self.watch.collapsed} if self.watch else {},
-            "random": torch.get_rng_state(),  # order of the images, augmentation and places hang on it
+            "random": random_states(),  # order of the images, augmentation and places hang on them
+            "method": self.method_state(),
             "config": self.cfg.dump(),
             "classnames": self.classnames,
         }
-        path = os.path.join(folder, model_name)
-        torch.save(state, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
-        print(f"Checkpoint saved to {path}")
-        if model_name == BEST:
-            return  # training goes on from the newest checkpoint, not from the best
-        pointer = os.path.join(folder, "checkpoint")  # Dassl's note of the newest checkpoint
-        write_text(pointer, f"{model_name}\n")
+
+    def method_state(self) -> dict[str, Any]:
+        """What else of a method decides how training goes on: tensors and plain types. Nothing by default."""
+        return {}
+
+    def set_method_state(self, state: dict[str, Any]) -> None:
+        """Take what :meth:`method_state` of the run that goes on has said."""
+
+    def _write_checkpoint(self, state: dict[str, Any], directory: str, model_name: str = "") -> None:
+        path = os.path.join(directory, PROMPT_LEARNER, model_name or f"model.pth.tar-{state['epoch']}")
+        write_checkpoint(path, state)
+        if model_name != BEST:
+            self._good = path, state["epoch"]
 
     def load_model(self, directory: str, epoch: Optional[int] = None) -> None:
         """Load ``prompt_learner`` from a run folder: the epoch asked for, else the best model, else the newest one.
 
         Raises:
-            UserError: no folder given, no such checkpoint, or one that does not fit the classes at hand.
+            UserError: no folder given, no such checkpoint, or one that does not fit the classes at hand. Of several a
+                damaged one is named, and the one before it taken.
         """
         if self.prompt_learner is None:  # nothing is trained, nothing is loaded
             return
@@ -355,25 +471,32 @@ class PromptTrainer(TrainerX):
                 f"--output-dir {directory} is also --model-dir: its results would be lost; choose another --output-dir"
             )
         self.model_dir = directory
-        path = find_checkpoint(directory, epoch)
-        checkpoint = read_checkpoint(path)
+        path, checkpoint = load_checkpoint(directory, epoch)
         self._load_prompt_learner(checkpoint, path)
         self.epoch = int(checkpoint["epoch"]) - 1
         print(f'Loading weights to {PROMPT_LEARNER} from "{path}" (epoch = {checkpoint["epoch"]})')
 
     def resume_model_if_exist(self, directory: str) -> int:
-        """Go on from the newest checkpoint of a run folder. Returns the number of epochs done (0: from scratch)."""
+        """Go on from the newest whole checkpoint of a run folder. Returns the number of epochs done (0: from scratch).
+
+        A run that ``RESUME`` started from another folder goes on from its own, once there is a checkpoint in it.
+        """
+        home = self.cfg.OUTPUT_DIR
+        if self.cfg.RESUME and os.path.realpath(directory) != os.path.realpath(home):
+            own = next(whole_checkpoints(os.path.join(home, PROMPT_LEARNER)), None)
+            if own and "config" in own[1] and CfgNode.load_cfg(own[1]["config"]).RESUME == self.cfg.RESUME:
+                directory = home
+        here = os.path.realpath(directory) == os.path.realpath(home)
         folder = os.path.join(directory, PROMPT_LEARNER)
-        name = newest_checkpoint(folder)
-        if not name:
-            if self.cfg.RESUME:
-                raise UserError(f"no checkpoint in {folder}: see --resume")
-            print("No checkpoint found, train from scratch")
+        found = next((f for f in whole_checkpoints(folder) if not here or self._keep_best(*f, folder)), None)
+        if found is None:
+            if self.cfg.RESUME and not here:
+                raise UserError(f"no checkpoint that can be read in {folder}: see --resume")
+            damaged = " that can be read" if numbered(folder) else ""
+            print(f"No checkpoint found{damaged}, train from scratch")
             return 0
-        path = os.path.join(folder, name)
-        checkpoint = read_checkpoint(path)
-        here = os.path.realpath(directory) == os.path.realpath(self.cfg.OUTPUT_DIR)
-        self._check_same_run(checkpoint, path, every_key=here)
+        path, checkpoint = found
+        same = self._check_same_run(checkpoint, path, every_key=here)
         self._load_prompt_learner(checkpoint, path)
         epoch = int(checkpoint["epoch"])
         if checkpoint.get("optimizer"):
@@ -382,29 +505,61 @@ class PromptTrainer(TrainerX):
             self.scaler.load_state_dict(checkpoint["scaler"])
         if here:  # the best model so far lies in this folder
             self.best_result = checkpoint.get("best_result", self.best_result)
+            self.best_epoch = checkpoint.get("best_epoch")
         if checkpoint.get("watch"):
             self.watch.best, self.watch.collapsed = (checkpoint["watch"][key] for key in ("best", "collapsed"))
         # The optimiser's state brought its learning rate along; instead, a fresh schedule is wound forward to here.
         first, stage = [(first, s) for first, s in self._timetable() if first <= epoch and s.MAX_EPOCH > 0][-1]
         self._schedule(stage, epoch - first)
         self.epoch = epoch - 1
+        self._good = path, epoch
+        if same:
+            self.set_method_state(checkpoint.get("method", {}))
         if "random" in checkpoint:
-            torch.set_rng_state(checkpoint["random"])
+            set_random_states(checkpoint["random"])
         print(f'Resuming from "{path}" after epoch {epoch}')
         return epoch
 
-    def _check_same_run(self, checkpoint: dict[str, Any], path: str, every_key: bool) -> None:
-        """A run goes on only as what it was: same method, weights, classes, and in its own folder the same settings."""
+    def _restore_best_result(self) -> None:
+        """The stand-in for Dassl reads it from the best model; checkpoints of ours say it themselves."""
+
+    def _keep_best(self, path: str, checkpoint: dict[str, Any], folder: str) -> bool:
+        """Whether the best model up to a checkpoint is there still; a damaged one is made again from its epoch's."""
+        epoch = checkpoint.get("best_epoch")
+        if self.cfg.TEST.FINAL_MODEL != "best_val" or epoch is None:
+            return True
+        best = os.path.join(folder, BEST)
+        try:
+            read_checkpoint(best)
+            return True
+        except UserError as error:
+            print(f"WARNING: {error}")
+        try:
+            again = read_checkpoint(os.path.join(folder, f"model.pth.tar-{epoch}"))
+        except UserError:
+            print(
+                f"{path} comes after the best model (epoch {epoch}): the checkpoint before it is used if there is one"
+            )
+            return False
+        write_checkpoint(best, {**again, "val_result": checkpoint["best_result"]})
+        return True
+
+    def _check_same_run(self, checkpoint: dict[str, Any], path: str, every_key: bool) -> bool:
+        """A run goes on only as what it was: same method, weights, classes, and in its own folder the same settings.
+
+        Returns whether it is the same in everything.
+        """
         remedy = "choose another --output-dir, or delete that folder"
         if checkpoint.get("classnames", self.classnames) != self.classnames:
             raise UserError(f"{path} was trained on other classes: {remedy}")
         if "config" not in checkpoint:
-            return
+            return False
         before, now = (flat_config(CfgNode.load_cfg(text)) for text in (checkpoint["config"], self.cfg.dump()))
         keys = [*IDENTITY, *(key for key in sorted(before.keys() | now.keys()) if not key.startswith(FREE_KEYS))]
         for key in keys if every_key else (*IDENTITY, *self.timetable_keys()):
             if before.get(key) != now.get(key):
                 raise UserError(f"{path} was trained with {key} {before.get(key)}, now it is {now.get(key)}: {remedy}")
+        return all(before.get(key) == now.get(key) for key in keys)
 
     def _load_prompt_learner(self, checkpoint: dict[str, Any], path: str) -> None:
         found = {key: value for key, value in checkpoint["state_dict"].items() if key not in DERIVED}
@@ -446,23 +601,34 @@ class PromptTrainer(TrainerX):
         loader = self.val_loader if split == "val" else self.test_loader
         print(f"Evaluate on the *{split}* set")
         self.predictions: dict[str, int] = {}
+        labels: dict[str, int] = {}
         with self.autocast:
             self.prompt_text = self.text_features()
-            bar = tqdm(total=len(loader.dataset), unit="image", disable=not sys.stderr.isatty())
-            with closing(bar):
+            with tqdm(total=len(loader.dataset), unit="image", disable=None) as bar:
                 for scores, label, paths in self.scored(loader):
                     self.evaluator.process(scores, label)
                     self.predictions.update(zip(paths, scores.argmax(dim=1).tolist()))
+                    labels.update(zip(paths, label.tolist()))
                     bar.update(len(paths))
         self.prompt_text = None
         self.metrics = {key: float(value) for key, value in self.evaluator.evaluate().items()}
+        self.observed = self.observe(labels)
         self.tested_split = split
-        for key, value in self.metrics.items():
+        for key, value in (self.metrics | self.observed).items():
             self.write_scalar(f"{split}/{key}", value, self.epoch)
         if self.watch is None:  # --eval-only; a training run writes its results when it ends
-            self._write_config()
-            self._write_results(trained=False)
+            with locked(self.cfg.OUTPUT_DIR):
+                self._write_config()
+                self._write_results(trained=False)
         return next(iter(self.metrics.values()))
+
+    def observe(self, labels: dict[str, int]) -> dict[str, float]:
+        """What ``results.json`` and TensorBoard say of an evaluation beside its metrics: percentages by name.
+
+        Args:
+            labels: of the images by path, like ``self.predictions``.
+        """
+        return {}
 
     def score(self, images: ImageBatch) -> torch.Tensor:
         """(B, C) scores, whose argmax is the prediction. ``self.prompt_text`` holds the text features."""
@@ -505,6 +671,8 @@ class PromptTrainer(TrainerX):
                 print(f"Features of {len(items) - len(left)} of {len(items)} images were kept in {store.path}")
                 if left:
                     yield from self._scored_pixels(self.loader_of(left, loader.dataset.transform), store)
+                else:  # as that loader would: what training draws next must not hang on what was kept
+                    torch.empty((), dtype=torch.int64).random_()
         else:
             yield from self._scored_pixels(loader, None)
 
@@ -569,6 +737,7 @@ class PromptTrainer(TrainerX):
         cfg = self.cfg
         results = {
             "metrics": getattr(self, "metrics", {}),
+            "observed": getattr(self, "observed", {}),
             "split": getattr(self, "tested_split", None),
             "images": len(self.predictions) if hasattr(self, "metrics") else 0,
             "classes": self.num_classes,
@@ -588,7 +757,14 @@ class PromptTrainer(TrainerX):
             "pillow": PIL.__version__,  # it draws the names, and not to the pixel alike in all versions
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
         }
-        print(f"Results saved to {write_results(cfg.OUTPUT_DIR, results)}")
+        path, run = write_results(cfg.OUTPUT_DIR, results), results["run"]
+        tested = (
+            f"accuracy {results['metrics']['accuracy']:.2f} %" if "accuracy" in results["metrics"] else "not tested"
+        )
+        print(
+            f"{run['trainer']} on {run['dataset']}, {run['subsample_classes']} classes, {run['shots']} shots, "
+            f"seed {run['seed']}: {tested} ({results['images']:,} images). Results: {path}"
+        )
 
 
 def per_class_state(
@@ -672,43 +848,3 @@ def mend_warmup() -> None:
 def _grad_scaler() -> Any:
     """torch moved it in 2.3."""
     return torch.amp.GradScaler("cuda") if hasattr(torch.amp, "GradScaler") else torch.cuda.amp.GradScaler()
-
-
-def find_checkpoint(directory: str, epoch: Optional[int] = None) -> str:
-    """Path of a run's checkpoint: of the epoch asked for, else the best model, else the newest. Raises UserError."""
-    folder = os.path.join(directory, PROMPT_LEARNER)
-    names = [f"model.pth.tar-{epoch}"] if epoch is not None else [BEST, newest_checkpoint(folder)]
-    path = next((p for p in (os.path.join(folder, name) for name in names if name) if os.path.isfile(p)), None)
-    if path is None:
-        raise UserError(
-            f"no checkpoint {names[0] if epoch is not None else ''} in {folder}: see --model-dir, --load-epoch"
-        )
-    return path
-
-
-def read_checkpoint(path: str) -> dict[str, Any]:
-    """A checkpoint, on the CPU, without executing anything in it. Raises UserError where it is none.
-
-    Those of the original CoOp and CoCoOp hold a pickled schedule: of them the state dict and the epoch are read. They
-    do not say which classes they were trained on. A context that classes share serves any; class-specific contexts are
-    taken to be those of the classes at hand, in their order.
-    """
-    try:
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            checkpoint = load_inert(path)
-        checkpoint["state_dict"], checkpoint["epoch"]  # noqa: B018 (a KeyError tells another kind of file)
-    except Exception as error:  # noqa: BLE001 (zip, pickle and torch each have errors of their own)
-        raise UserError(f"{path}: not a checkpoint that can be read ({type(error).__name__})") from error
-    return checkpoint
-
-
-def newest_checkpoint(folder: str) -> str:
-    """Name of the newest checkpoint in ``folder`` as its ``checkpoint`` note says, empty where there is none."""
-    try:
-        with open(os.path.join(folder, "checkpoint"), encoding="utf-8") as file:
-            name = file.readline().strip()
-    except FileNotFoundError:
-        return ""
-    return name if name and os.path.isfile(os.path.join(folder, name)) else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os.path as osp
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from .tools import mkdir_if_missing
@@ -43,16 +44,27 @@ class Logger:
 
     def write(self, msg: str) -> int:
         """Write ``msg`` to both; return its length."""
-        for stream in (self.console, self.file):
-            if stream is not None:
-                stream.write(msg)
+        if self.console is not None:
+            self.console.write(msg)
+        self._log("write", msg)
         return len(msg)
 
     def flush(self) -> None:
         """Flush both."""
-        for stream in (self.console, self.file):
-            if stream is not None:
-                stream.flush()
+        if self.console is not None:
+            self.console.flush()
+        self._log("flush")
+
+    def _log(self, method: str, *args: str) -> None:
+        """Do something with the log file; where the disk is full it is named, and closed."""
+        if self.file is None:
+            return
+        try:
+            getattr(self.file, method)(*args)
+        except OSError as error:
+            name = self.file.name
+            self.close()
+            raise type(error)(error.errno, error.strerror, name) from error
 
     def isatty(self) -> bool:
         """Tell whether the real standard output is a terminal."""
@@ -62,7 +74,8 @@ class Logger:
         """Close the log file; later writes go to the real standard output alone."""
         log, self.file = self.__dict__.get("file"), None
         if log is not None:
-            log.close()
+            with suppress(OSError):  # what a full disk did not take is lost
+                log.close()
 
 
 def setup_logger(output: str | None = None) -> None:
