@@ -22,7 +22,7 @@ mutants: $(VENV)/.mutmut
 	$(VENV)/bin/python tests/mutants.py
 
 $(VENV)/.mutmut: $(STAMP)
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "mutmut needs Python 3.10 or newer"'
+	$(VENV)/bin/python -c 'import sys; assert sys.version_info >= (3, 10), "mutmut needs Python 3.10 or newer"'
 	$(VENV)/bin/python -m pip install --quiet 'mutmut>=3.8,<4'
 	touch $@
 

@@ -288,9 +288,10 @@ def test_context_starts_from_words(backbone):
 
 
 def test_only_the_context_is_learned_and_stored(backbone):
-    learner = PromptLearner(backbone, NAMES, 16)
-    assert [name for name, _ in learner.named_parameters()] == ["ctx"]
-    assert list(learner.state_dict()) == ["ctx"]
+    for position in POSITIONS:
+        learner = PromptLearner(backbone, NAMES, 16, class_token_position=position)
+        assert [name for name, _ in learner.named_parameters()] == ["ctx"]
+        assert list(learner.state_dict()) == ["ctx"]
     assert 0.015 < learner.ctx.std() < 0.025  # CoOp's N(0, 0.02²)
 
 
