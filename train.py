@@ -11,17 +11,22 @@ A mistake in what was asked for ends in one line on stderr and exit status 2.
 from __future__ import annotations
 
 import argparse
+import ast
 import os
-import re
+import reprlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
-from typing import Callable, Optional
+from functools import reduce
+from itertools import islice
+from typing import Any, Optional
 
 import fallback  # noqa: F401 (makes `import dassl` work)
 
 # isort: split
 import torch
+import yaml
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
@@ -31,8 +36,12 @@ from yacs.config import CfgNode as CN
 import datasets
 import trainers
 from trainers.prompting.errors import UserError
-from trainers.prompting.names import flat_config
+from trainers.prompting.names import flat_config, printable
 from trainers.prompting.runs import locked
+
+WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a list"}  # for types
+WORDS[list] = WORDS[tuple]
+MOST_VALUES = 10_000  # in a config file
 
 
 def extend_cfg(cfg: CN) -> None:
@@ -68,41 +77,100 @@ def setup_cfg(args: argparse.Namespace) -> CN:
     """Defaults, then the data set's file, the method's file, the flags, and last the KEY VALUE pairs.
 
     Raises:
-        UserError: a file that is missing or no YAML, an unknown key, a value of the wrong type, an unknown name.
+        UserError: everything that is wrong, a line each: a file that is missing or no YAML, unknown keys, values of the
+            wrong type, unknown names, values that nothing can be done with.
     """
     cfg = get_cfg_default()
     extend_cfg(cfg)
+    wrong: list[str] = []
     for flag, path in (("--dataset-config-file", args.dataset_config_file), ("--config-file", args.config_file)):
         if path:
-            _merge(cfg, path, lambda path=path: cfg.merge_from_file(path), flag)
+            wrong += merge_file(cfg, path, flag)
     reset_cfg(cfg, args)
-    _merge(cfg, "command line", lambda: cfg.merge_from_list(args.opts))
+    wrong += merge_pairs(cfg, args.opts)
     for kind, name, registry in (
         ("trainer (--trainer)", cfg.TRAINER.NAME, TRAINER_REGISTRY),
         ("data set (DATASET.NAME, --dataset-config-file)", cfg.DATASET.NAME, DATASET_REGISTRY),
     ):
         known = sorted(registry.registered_names())
         if name not in known:
-            hint = get_close_matches(name, known, n=1, cutoff=0.4)
-            hint = f", perhaps {hint[0]}" if hint else ""
-            raise UserError(f'unknown {kind} "{name}"{hint}: choose one of {", ".join(known)}')
+            wrong.append(f'unknown {kind} "{name}"{_perhaps(name, known, 0.4)}: choose one of {", ".join(known)}')
+        elif registry is TRAINER_REGISTRY:
+            wrong += getattr(registry.get(name), "complaints", lambda cfg: [])(cfg)
+    if wrong:
+        raise UserError(*wrong)
     cfg.freeze()
     return cfg
 
 
-def _merge(cfg: CN, source: str, merge: Callable[[], None], flag: str = "") -> None:
-    """Run one of yacs's merges and say in one line what is wrong with it, and where."""
+def merge_file(cfg: CN, path: str, flag: str) -> list[str]:
+    """Let a YAML file overrule the config as far as it can. Returns a line for everything that is wrong with it."""
     try:
-        merge()
-    except FileNotFoundError as error:
-        raise UserError(f"{source}: no such file ({flag})") from error
-    except Exception as error:  # noqa: BLE001 (yaml and yacs each have errors of their own)
-        message = " ".join(str(error.args[0] if error.args else error).split())
-        unknown = re.search(r"Non-existent (?:config )?key: (\S+)", message)
-        if unknown:
-            hint = get_close_matches(unknown[1], list(flat_config(cfg)), n=1, cutoff=0.6)
-            message = f"unknown key {unknown[1]}" + (f", perhaps {hint[0]}" if hint else "")
-        raise UserError(f"{source}: {message or 'not a mapping of config keys'}") from error
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+        too_many = next(islice(_leaves(content), MOST_VALUES, None), None)
+    except FileNotFoundError:
+        return [f"{path}: no such file ({flag})"]
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8
+        return [f"{path}: {' '.join(str(error).split())}"]
+    if too_many:
+        return [f"{path}: more than {MOST_VALUES} values, counted where they are referred to"]
+    if not isinstance(content, dict):
+        return [] if content is None else [f"{path}: not a mapping of config keys"]
+    return [f"{path}: {wrong}" for wrong in _merge_tree(cfg, cfg, content)]
+
+
+def _leaves(content: Any) -> Iterator[bool]:
+    """As many items as there are values in what a YAML file holds; a few lines of references can make billions."""
+    if isinstance(content, (dict, list)):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _leaves(value)
+    yield True
+
+
+def _merge_tree(cfg: CN, node: CN, content: dict[Any, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in content.items():
+        group = node.get(name)
+        if isinstance(group, CN) and isinstance(value, dict):
+            yield from _merge_tree(cfg, group, value, f"{prefix}{name}.")
+        else:
+            yield from _merge(cfg, f"{prefix}{name}", value)
+
+
+def merge_pairs(cfg: CN, pairs: Sequence[str]) -> list[str]:
+    """Let KEY VALUE pairs overrule the config as far as they can. Returns a line for everything that is wrong."""
+    wrong = [w for key, value in zip(pairs[::2], pairs[1::2]) for w in _merge(cfg, key, value)]
+    if len(pairs) % 2:
+        wrong.append(f"{pairs[-1]}: a value is missing, KEY VALUE pairs are needed")
+    return [f"command line: {w}" for w in wrong]
+
+
+def _merge(cfg: CN, key: str, value: Any) -> Iterator[str]:
+    """Set a key as yacs does, and a number where it wants one with a decimal point; a line if that cannot be."""
+    before = flat_config(cfg)
+    if key not in before:
+        group = any(known.startswith(f"{key}.") for known in before)
+        yield f"{key}: a group of keys, not a key" if group else f"unknown key {key}{_perhaps(key, list(before), 0.6)}"
+        return
+    with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        value = ast.literal_eval(value) if isinstance(value, str) else value  # also 1e-5, which is a text in YAML
+    old = before[key]
+    if isinstance(old, float) and type(value) is int:
+        with suppress(OverflowError):
+            value = float(value)
+    elif isinstance(old, (tuple, list)) and isinstance(value, (tuple, list)):
+        value = type(old)(value)
+    if type(value) is not type(old):
+        wanted, found = (WORDS.get(kind, kind.__name__) for kind in (type(old), type(value)))
+        yield f"{key} {reprlib.repr(value)[:100]}: must be {wanted}, not {found}"
+        return
+    *path, leaf = key.split(".")
+    reduce(CN.__getitem__, path, cfg)[leaf] = value
+
+
+def _perhaps(name: str, known: Sequence[str], cutoff: float) -> str:
+    hint = get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f", perhaps {hint[0]}" if hint else ""
 
 
 def print_args(args: argparse.Namespace, cfg: CN) -> None:
@@ -176,7 +244,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         run(parse_args(argv))
     except UserError as error:
-        return _fail(str(error))
+        return _fail(*map(str, error.args))
     except FloatingPointError as error:
         return _fail(f"{error}; training cannot go on: lower OPTIM.LR")
     except OSError as error:  # a file or folder that cannot be read or written; raised in a worker it has many lines
@@ -186,8 +254,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return 0
 
 
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+def _fail(*messages: str) -> int:
+    for message in messages:
+        print(f"error: {printable(' '.join(message.splitlines()))}", file=sys.stderr)
     return 2
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from trainers.prompting.errors import UserError
 from trainers.prompting.results import write_text
 
-from .splits import Entry, entry
+from .splits import Entry, entry, read_json
 
 if TYPE_CHECKING:
     from .base import FewShotDataset
@@ -85,8 +85,7 @@ def _read_sample(path: str, dataset: FewShotDataset, source: str) -> Optional[di
         return None
     prefix = _prefix(dataset)
     try:
-        with open(path, encoding="utf-8") as file:
-            kept = json.load(file)
+        kept = read_json(path)
         if kept["source"] != source:
             print(f"{path}: drawn from other images than are there now; it is replaced")
             return None
@@ -126,7 +125,7 @@ class DatumUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> type:
         if name == "Datum" and module.split(".")[0] == "dassl":
-            return PickledDatum
+            return type("PickledDatum", (PickledDatum,), {})  # a pickle can set attributes of what it has named
         raise pickle.UnpicklingError(f"it holds {module}.{name}")
 
 

@@ -15,8 +15,8 @@ from trainers.prompting.results import write_text
 
 from .base import FewShotDataset
 from .fewshot import read_pickled
-from .raw import list_folders, list_images, read_lines
-from .splits import Entry
+from .raw import list_folders, list_images, read_lines, reading
+from .splits import Entry, entry, read_json
 
 CLASSNAMES = "classnames.txt"
 PICKLED = "preprocessed.pkl"  # CoOp's listing
@@ -45,10 +45,11 @@ class ImageNet(FewShotDataset):
         if folder not in self._entries:
             pickled = self.path(PICKLED) if folder == "train" else ""
             if os.path.isfile(pickled):
-                self._entries[folder] = [
-                    Entry("/".join(path.replace("\\", "/").split("/")[-3:]), label, name)
-                    for path, label, name in read_pickled(pickled)["train"]
-                ]
+                with reading(pickled):
+                    self._entries[folder] = [
+                        entry(("/".join(path.replace("\\", "/").split("/")[-3:]), label, name))
+                        for path, label, name in read_pickled(pickled)["train"]
+                    ]
             else:
                 names = read_classnames(self.path(CLASSNAMES))
                 kept = self.path(LISTING.format(folder)) if self.keep else ""
@@ -116,8 +117,7 @@ def list_classes(path: str, kept: str = "") -> dict[str, list[str]]:
     before: dict[str, Any] = {}
     if kept and os.path.isfile(kept):
         try:
-            with open(kept, encoding="utf-8") as file:
-                before = {folder: (time, names) for folder, time, names in json.load(file)}
+            before = {folder: (time, names) for folder, time, names in read_json(kept)}
         except (ValueError, TypeError) as error:
             print(f"{kept}: no listing ({type(error).__name__}: {error}); it is replaced")
     now = {}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 from dassl.data.datasets import DATASET_REGISTRY
 
 from .base import SplitDataset
 from .raw import Split, load_mat, reading, split_classes
+from .splits import read_json
 
 
 @DATASET_REGISTRY.register()
@@ -20,8 +19,8 @@ class OxfordFlowers(SplitDataset):
 
     def make_split(self) -> Split:
         labels_path, names_path = self.path("imagelabels.mat"), self.path("cat_to_name.json")
-        with reading(names_path), open(names_path, encoding="utf-8") as file:
-            names = json.load(file)
+        with reading(names_path):
+            names = read_json(names_path)
         images: dict[int, list[str]] = {}  # classes in order of first appearance
         with reading(labels_path):
             for i, label in enumerate(load_mat(labels_path)["labels"][0], 1):  # from 1

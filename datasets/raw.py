@@ -17,6 +17,7 @@ from typing import Any, Optional
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from trainers.prompting.errors import UserError
+from trainers.prompting.names import printable
 
 from .splits import Entry
 
@@ -27,14 +28,24 @@ def list_folders(path: str) -> list[str]:
     """Sorted names of the folders in ``path``, hidden ones left out. Raises UserError where it is no folder."""
     try:
         with os.scandir(path) as found:
-            return sorted(item.name for item in found if item.is_dir() and not item.name.startswith("."))
+            return _as_text(path, [item.name for item in found if item.is_dir() and not item.name.startswith(".")])
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path}: no such folder; unpack the images of the data set there (DATASETS.md)") from error
 
 
 def list_images(path: str) -> list[str]:
     """Sorted names of the image files in ``path``, by their endings, hidden ones left out."""
-    return sorted(name for name in os.listdir(path) if is_image(name))
+    return _as_text(path, [name for name in os.listdir(path) if is_image(name)])
+
+
+def _as_text(path: str, names: list[str]) -> list[str]:
+    """Names sorted. Raises UserError for one of bytes that are no UTF-8: it could not be kept in a file of ours."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{path}: a name that is not in UTF-8, {printable(name)}; rename it") from error
+    return sorted(names)
 
 
 def is_image(name: str) -> bool:
@@ -50,7 +61,7 @@ def walk_images(path: str) -> list[str]:
         relative = os.path.relpath(folder, path).replace(os.sep, "/")
         prefix = "" if relative == "." else f"{relative}/"
         found += [f"{prefix}{name}" for name in names if is_image(name)]
-    return sorted(found)
+    return _as_text(path, found)
 
 
 @contextmanager

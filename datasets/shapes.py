@@ -21,7 +21,7 @@ from trainers.prompting.errors import UserError
 
 from .base import SplitDataset
 from .drawing import KINDS, STYLES, draw
-from .splits import data_root
+from .splits import data_root, read_json
 
 VERSION = 1  # of the drawings: counts up when they change
 MARK = "drawn.json"  # written last: the folder is whole, and what it holds
@@ -97,8 +97,7 @@ def _is_drawn(folder: str, wanted: dict[str, Any]) -> bool:
     if not os.path.isdir(folder):
         return False
     try:
-        with open(os.path.join(folder, MARK), encoding="utf-8") as file:
-            found = json.load(file)
+        found = read_json(os.path.join(folder, MARK))
     except (OSError, ValueError):
         found = None
     if found != wanted:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from trainers.prompting.errors import UserError
+from trainers.prompting.names import clean_name
 from trainers.prompting.results import write_text
 
 SPLITS = ("train", "val", "test")
@@ -66,12 +67,21 @@ def python_random(seed: int) -> Iterator[None]:
 def entry(row: Sequence[Any]) -> Entry:
     """``[path, label, classname]`` of a JSON file as an entry. Raises ValueError or TypeError where it is none."""
     path, label, classname = row
-    label = int(label)
-    if label < 0 or not isinstance(classname, str) or not isinstance(path, str):
+    if isinstance(label, float) or int(label) < 0 or not isinstance(classname, str) or not isinstance(path, str):
         raise ValueError(f"{path} has the label {label} and the class name {classname!r}")
-    if os.path.isabs(path) or ".." in path.split("/"):
+    if os.path.isabs(path) or ".." in path.split("/") or "\0" in path:
         raise ValueError(f"{path} leads out of the data set")
-    return Entry(path, label, classname)
+    (path + classname).encode()  # JSON can hold halves of characters; UnicodeEncodeError is a ValueError
+    return Entry(path, int(label), classname)
+
+
+def read_json(path: str) -> Any:
+    """What a JSON file holds. Raises ValueError where it is none, or nested deeper than a stack can bear."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            return json.load(file)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
 
 
 def read_split(path: str) -> dict[str, list[Entry]]:
@@ -81,8 +91,7 @@ def read_split(path: str) -> dict[str, list[Entry]]:
         UserError: not of this format.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            split = json.load(file)
+        split = read_json(path)
         return {part: [entry(row) for row in split[part]] for part in SPLITS}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a split file of CoOp ({type(error).__name__}: {error}); get it again") from error
@@ -129,6 +138,9 @@ def check_labels(parts: dict[str, list[Entry]], source: str) -> None:
             raise UserError(
                 f'{source}: label {item.label} is both "{names[item.label]}" and "{item.classname}"; give it one name'
             )
+    for label, name in names.items():
+        if not clean_name(name).strip():
+            raise UserError(f"{source}: label {label} has an empty class name; give it one")
     if not parts["train"]:
         raise UserError(f"{source}: no training images in it")
     trained = {item.label for item in parts["train"]}

@@ -234,7 +234,7 @@ def test_a_run_may_start_from_the_weights_of_a_finished_one(run):  # noqa: F811
 @pytest.mark.parametrize(
     "key, value, message",
     [("ADAPTER_EPOCHS", "6", "1 to OPTIM.MAX_EPOCH"), ("ADAPTER_EPOCHS", "0", "1 to OPTIM.MAX_EPOCH"),
-     ("STAGE1_EPOCHS", "5", "must be 0 to 4"), ("ADAPTER_BETA", "-1.0", "must not be negative")],
+     ("STAGE1_EPOCHS", "5", "must be 0 to 4"), ("ADAPTER_BETA", "-1.0", "must be at least 0")],
 )  # fmt: skip
 def test_impossible_values(run, capsys, key, value, message):  # noqa: F811
     run(*ON, f"TRAINER.LOGOPROMPT.{key}", value, status=2)

@@ -112,7 +112,7 @@ def test_other_values_that_cannot_be(fails):
     assert "random, top, bottom" in fails("TRAINER.LOGOPROMPT.LOCATION", "left")
     assert "TRAINER.LOGOPROMPT.K 0" in fails("TRAINER.LOGOPROMPT.K", 0)
     assert "MIN_CONTRAST" in fails("TRAINER.LOGOPROMPT.MIN_CONTRAST", 30.0)
-    assert "fp16, fp32, amp" in fails("TRAINER.LOGOPROMPT.PREC", "fp8")
+    assert "fp16, fp32, amp, bf16" in fails("TRAINER.LOGOPROMPT.PREC", "fp8")
     assert "TRAINER.COCOOP.CHUNK 0" in fails("TRAINER.COCOOP.CHUNK", 0, trainer="CoCoOp")
     assert "N_CTX" in fails("TRAINER.LOGOPROMPT.N_CTX", 80, "TRAINER.LOGOPROMPT.CTX_INIT", "")
 
@@ -184,7 +184,7 @@ def test_output_folder_that_cannot_be_written(fails, tmp_path):
 
 
 def test_a_real_process_ends_with_status_2_and_one_line(tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "--trainer", "Nonsense"]
+    command = [sys.executable, str(ROOT / "train.py"), "--trainer", "Nonsense", "DATASET.NAME", "Shapes"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith('error: unknown trainer (--trainer) "Nonsense"') and done.stderr.count("\n") == 1

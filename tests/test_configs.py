@@ -4,6 +4,7 @@ Without epochs 200, without a batch size 32.
 """
 
 import re
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -25,7 +26,9 @@ BACKBONES = {
 @pytest.mark.parametrize(
     "path", [f for f in FILES if f.stem != "rn50_val"], ids=lambda path: f"{path.parent.name}/{path.stem}"
 )
-def test_name_and_content_agree(path):
+def test_name_and_content_agree(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photo_clip.pt").touch()  # a file that some name
     name = re.fullmatch(
         r"(?P<backbone>[a-z0-9_]+?)(_c(?P<n_ctx>\d+))?(_ep(?P<epochs>\d+))?(_batch(?P<batch>\d+))?(?P<words>_ctxv1)?",
         path.stem,

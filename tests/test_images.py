@@ -146,3 +146,19 @@ def test_a_training_run_keeps_its_images(data_root, rn_file, tmp_path, monkeypat
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     sys.stdout.flush()
     assert "% of it waiting for images" in (tmp_path / "not" / "log.txt").read_text()  # of the last logger
+
+
+def test_too_little_shared_memory_is_said_and_put_up_with(data_root, monkeypatch, capsys):
+    """Containers have 64 MB of it; without workers none is taken."""
+
+    def fail(self):
+        raise RuntimeError("unable to allocate shared memory(shm)\nfor file </torch_1>")
+
+    items = [Datum(str(path), 0, 0, "x") for path in sorted(data_root.rglob("image_0000.jpg"))]
+    data = ImageDataset(get_cfg_default(), items, transform=T.ToTensor(), is_train=True)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
+    data.decode(2**30)
+    assert data.decoded is None and data[0]["img"].shape[0] == 3
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    data.decode(2**30, shared=False)
+    assert data.decoded is not None

@@ -262,7 +262,7 @@ def test_a_checkpoint_of_generic_prompts_is_refused_in_one_line(run, capsys):
 @pytest.mark.parametrize(
     "key, value, message",
     [("TEXT_PROMPT", "three_stage", "choose one of"), ("STAGE1_EPOCHS", "6", "0 to 5, OPTIM.MAX_EPOCH"),
-     ("STAGE1_EPOCHS", "-2", "0 to 5, OPTIM.MAX_EPOCH"), ("STAGE2_LR", "-0.1", "must not be negative")],
+     ("STAGE1_EPOCHS", "-2", "0 to 5, OPTIM.MAX_EPOCH"), ("STAGE2_LR", "-0.1", "must be at least 0")],
 )  # fmt: skip
 def test_impossible_values(run, capsys, key, value, message):
     run(f"TRAINER.LOGOPROMPT.{key}", value, status=2)

@@ -14,11 +14,13 @@ from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
+from yacs.config import CfgNode
 
 import datasets
 from dataset_sources import Source
 from datasets.splits import check_labels
 from trainers.prompting.errors import UserError
+from trainers.prompting.images import FORMATS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "datasets"
 CHUNK = 32  # images that a thread takes at a time
@@ -37,7 +39,7 @@ def dataset_class(config: str, root: str) -> tuple[type, object]:
     """The class behind ``configs/datasets/<config>.yaml``, and a config to read it from a data root."""
     cfg = get_cfg_default()
     datasets.extend_cfg(cfg)
-    cfg.merge_from_file(str(CONFIGS / f"{config}.yaml"))
+    cfg.merge_from_other_cfg(CfgNode.load_cfg((CONFIGS / f"{config}.yaml").read_text(encoding="utf-8")))
     cfg.DATASET.ROOT = root
     cfg.SEED = 1
     return DATASET_REGISTRY.get(cfg.DATASET.NAME), cfg
@@ -93,7 +95,7 @@ def _why_bad(path: str) -> tuple[str, str]:
     try:
         if os.path.getsize(path) == 0:
             return path, "empty file"
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.convert("RGB")
         return path, ""
     except FileNotFoundError:

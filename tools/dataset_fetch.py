@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import gzip
 import hashlib
-import json
 import lzma
 import os
 import re
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from dataset_sources import Download, Source
 from datasets.imagenet import read_classnames
-from datasets.splits import read_split
+from datasets.splits import read_json, read_split
 from trainers.prompting.errors import UserError
 from trainers.prompting.results import write_text
 
@@ -277,8 +276,7 @@ def _check_split(path: str, source: Source) -> None:
 
 
 def _check_flower_names(path: str, source: Source) -> None:
-    with open(path, encoding="utf-8") as file:
-        names = json.load(file)
+    names = read_json(path)
     if not {str(label) for label in range(1, source.classes + 1)} <= names.keys():
         raise ValueError(f"no names of {source.classes} classes")
 
@@ -332,6 +330,13 @@ def _unpack_to(path: str, folder: str, inner: str) -> None:
     os.rename(half, folder)
 
 
+def _without_links(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+    """tarfile's ``data`` filter, and no symbolic links at all: they have led it astray (CVE-2025-4517)."""
+    if member.issym():
+        raise tarfile.TarError(f"{member.name} is a symbolic link")
+    return tarfile.data_filter(member, folder)
+
+
 def unpack(path: str, folder: str) -> None:
     """Unpack a zip or tar archive, whatever it is compressed with, into a new folder, which nothing can leave.
 
@@ -355,7 +360,7 @@ def unpack(path: str, folder: str) -> None:
                 tqdm.wrapattr(raw, "read", total=size, **bar) as file,
                 tarfile.open(fileobj=file) as archive,
             ):
-                archive.extractall(folder, filter="data")
+                archive.extractall(folder, filter=_without_links)
                 while archive.fileobj.read(1 << 20):
                     pass  # to the end, where gzip has its checksum
     except DAMAGED as error:

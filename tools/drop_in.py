@@ -38,6 +38,7 @@ PACKAGES = {
     "PIL": "Pillow",
     "fontTools": "fonttools",
     "safetensors": "safetensors",
+    "filelock": "filelock",
     "tqdm": "tqdm",
 }
 

@@ -99,6 +99,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         names, rest = names[: keys[0]], [*rest, *names[keys[0] :]]
     try:
         args = train.parse_args(["--config-file", str(CONFIG), "--trainer", "LoGoPrompt", *rest])
+        args.backbone = "tiny"  # no weights are loaded; train.py wants a name of some that are there
         if names:
             args.opts = ["DATASET.NAME", "Caltech101", *args.opts]  # none is read; train.py wants a known name
         cfg = train.setup_cfg(args)

@@ -193,7 +193,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
             return {prefix: node}
         return {k: v for key, value in node.items() for k, v in flat(value, f"{prefix}.{key}".lstrip(".")).items()}
 
-    return flat(yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+    loader = yaml.SafeLoader
+    if len(text) < 20_000:  # a config takes 3,000; on a text nested deeply enough libyaml ends the process
+        loader = getattr(yaml, "CSafeLoader", loader)
+    return flat(yaml.load(text, Loader=loader))
 
 
 def read_run(folder: Path, settings: dict[str, Any]) -> Optional[Run]:
@@ -242,7 +245,7 @@ def collect(roots: Sequence[Path], seeds: Sequence[int]) -> Found:
         except KeyError as error:
             gaps.append(f"damaged: {shown(folder / NAME)} has no {error}")
             continue
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
             gaps.append(f"damaged: {shown(folder / NAME)}: {' '.join(str(error).split())}")
             continue
         if run is None:

@@ -17,7 +17,7 @@ from yacs.config import CfgNode as CN
 
 from .coop import CoOp
 from .prompting.backbone import Backbone
-from .prompting.errors import UserError
+from .prompting.checks import CONTEXT, at_least
 from .prompting.features import ImageBatch
 from .prompting.text import PromptLearner, TextEncoder, meta_net
 from .prompting.trainer import extend_cfg as extend_shared_cfg
@@ -89,11 +89,7 @@ class CoCoOp(CoOp):
     """CoOp's cross-entropy with prompts that depend on the image."""
 
     network = CustomCLIP
-
-    def check_cfg(self, cfg: CN) -> None:
-        super().check_cfg(cfg)
-        if cfg.TRAINER.COCOOP.CHUNK < 1:
-            raise UserError(f"TRAINER.COCOOP.CHUNK {cfg.TRAINER.COCOOP.CHUNK}: must be at least 1")
+    rules = {**CONTEXT, "CHUNK": at_least(1)}
 
     def text_features(self) -> None:
         """Nothing for an evaluation to compute once: every image has text features of its own."""

@@ -11,8 +11,9 @@ from dassl.engine import TRAINER_REGISTRY
 from yacs.config import CfgNode as CN
 
 from .prompting.backbone import Backbone
+from .prompting.checks import CONTEXT, one_of
 from .prompting.features import ImageBatch
-from .prompting.text import PromptLearner, TextEncoder
+from .prompting.text import POSITIONS, PromptLearner, TextEncoder
 from .prompting.trainer import PromptTrainer
 from .prompting.trainer import extend_cfg as extend_shared_cfg
 
@@ -56,6 +57,7 @@ class CoOp(PromptTrainer):
     """Context optimisation by cross-entropy."""
 
     network = CustomCLIP
+    rules = {**CONTEXT, "CLASS_TOKEN_POSITION": one_of(POSITIONS)}
 
     def loss(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         image, label = batch["img"].to(self.device, non_blocking=True), batch["label"].to(self.device)

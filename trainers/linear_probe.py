@@ -18,6 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from yacs.config import CfgNode as CN
 
+from .prompting.checks import PRECISIONS, Rule, at_least, one_of
 from .prompting.errors import UserError
 from .prompting.features import ImageBatch
 from .prompting.names import matching_names
@@ -101,11 +102,10 @@ class LinearProbe(PromptTrainer):
     """Logistic regression on image features. Its one epoch is the fit; ``OPTIM`` has no say in it."""
 
     network = CustomCLIP
-
-    def check_cfg(self, cfg: CN) -> None:
-        super().check_cfg(cfg)
-        if cfg.TRAINER.LINEARPROBE.C < 0:
-            raise UserError(f"TRAINER.LINEARPROBE.C {cfg.TRAINER.LINEARPROBE.C:g}: must be positive, or 0 to search")
+    rules = {
+        "PREC": one_of(PRECISIONS),
+        "C": Rule("must be positive, or 0 to search", at_least(0).holds),
+    }
 
     def build_model(self) -> None:
         super().build_model()

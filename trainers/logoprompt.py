@@ -22,7 +22,7 @@ from yacs.config import CfgNode as CN
 from .prompting.adapter import CacheAdapter
 from .prompting.backbone import Backbone
 from .prompting.bank import BankBatch, FeatureBank, numbers_loader
-from .prompting.errors import UserError
+from .prompting.checks import CONTEXT, Rule, at_least, one_of, said, within
 from .prompting.features import ImageBatch, digest
 from .prompting.selection import LOSSES, hard_negatives, log_probabilities, min_max_loss, select, top_classes
 from .prompting.synthetic import (
@@ -30,6 +30,7 @@ from .prompting.synthetic import (
     MAX_CONTRAST,
     VisualPrompts,
     block_size,
+    check_font,
     fixed_places,
     paste,
     places_at,
@@ -43,6 +44,9 @@ from .prompting.trainer import extend_cfg as extend_shared_cfg
 TEXT_PROMPTS = ("two_stage", "generic")
 # Table 4a: what the visual prompts are used for. Ours is "selection"; "none" is CoOp's loss and prediction.
 VISUAL_PROMPTS = ("selection", "paired", "text_augmentation", "none")
+SHARE = Rule(
+    "the block must be larger than 0 and no larger than the image (1)", lambda value: 0 < value <= 1
+)  # of an image's height or width
 CHUNK = 256  # class-conditional images pasted and encoded at a time
 GRADIENT_CHUNK = 64  # the same where activations are kept for a gradient
 
@@ -305,47 +309,48 @@ class LoGoPrompt(PromptTrainer):
     unselected: Optional[dict[str, int]] = None  # in a test: what the original image alone is taken for, by path
     scaled = ("amp", "fp16")  # gradients of pixels, and of an MLP whose output hardly depends on its input, are small
 
-    def check_cfg(self, cfg: CN) -> None:
-        super().check_cfg(cfg)
-        method = cfg.TRAINER.LOGOPROMPT
-        for key, allowed in (
-            ("TEXT_PROMPT", TEXT_PROMPTS),
-            ("VISUAL_PROMPT", VISUAL_PROMPTS),
-            ("LOSS", LOSSES),
-            ("LOCATION", LOCATIONS),
-        ):
-            if method[key] not in allowed:
-                raise UserError(f"TRAINER.LOGOPROMPT.{key} {method[key]}: choose one of {', '.join(allowed)}")
-        total = cfg.OPTIM.MAX_EPOCH
+    rules = {
+        **CONTEXT,
+        "TEXT_PROMPT": one_of(TEXT_PROMPTS),
+        "STAGE2_LR": at_least(0),
+        "MLP_REDUCTION": at_least(1),
+        "VISUAL_PROMPT": one_of(VISUAL_PROMPTS),
+        "VISUAL_LR": at_least(0),
+        "K": at_least(1),
+        "LOSS": one_of(LOSSES),
+        "BLOCK_HEIGHT": SHARE,
+        "BLOCK_WIDTH": SHARE,
+        "LOCATION": one_of(LOCATIONS),
+        "VIEWS": Rule("must be at least 1, or 0 to augment at every step", at_least(0).holds),
+        "MIN_CONTRAST": within(1, MAX_CONTRAST),
+        "ADAPTER_LR": at_least(0),
+        "ADAPTER_ALPHA": at_least(0),
+        "ADAPTER_BETA": at_least(0),
+    }
+
+    @classmethod
+    def complaints(cls, cfg: CN) -> list[str]:
+        found = super().complaints(cfg)
+        method, total = cfg.TRAINER.LOGOPROMPT, cfg.OPTIM.MAX_EPOCH
+        found += said(lambda: check_font(method.FONT))
         if method.ADAPTER and not (method.ADAPTER_EPOCHS == -1 or 1 <= method.ADAPTER_EPOCHS <= total):
-            raise UserError(
+            found.append(
                 f"TRAINER.LOGOPROMPT.ADAPTER_EPOCHS {method.ADAPTER_EPOCHS}: must be 1 to OPTIM.MAX_EPOCH ({total}), "
                 "or -1 for a fifth of it"
             )
         if method.ADAPTER_SEARCH and not method.ADAPTER:
-            raise UserError("TRAINER.LOGOPROMPT.ADAPTER_SEARCH True: there is nothing to choose without ADAPTER True")
-        if method.MLP_REDUCTION < 1:
-            raise UserError(f"TRAINER.LOGOPROMPT.MLP_REDUCTION {method.MLP_REDUCTION}: must be at least 1")
-        left = total - self.adapter_epochs(cfg)
+            found.append("TRAINER.LOGOPROMPT.ADAPTER_SEARCH True: there is nothing to choose without ADAPTER True")
+        left = max(0, total - cls.adapter_epochs(cfg))
         if method.TEXT_PROMPT == "two_stage" and not -1 <= method.STAGE1_EPOCHS <= left:
-            raise UserError(
+            found.append(
                 f"TRAINER.LOGOPROMPT.STAGE1_EPOCHS {method.STAGE1_EPOCHS}: must be 0 to {left}, OPTIM.MAX_EPOCH less "
                 "the adapter's, or -1 for half of it"
             )
-        for key in ("STAGE2_LR", "VISUAL_LR", "ADAPTER_LR", "ADAPTER_ALPHA", "ADAPTER_BETA"):
-            if method[key] < 0:
-                raise UserError(f"TRAINER.LOGOPROMPT.{key} {method[key]:g}: must not be negative")
         if method.TUNE_VISUAL and method.VISUAL_PROMPT == "none":
-            raise UserError("TRAINER.LOGOPROMPT.TUNE_VISUAL True: with VISUAL_PROMPT none there are none to tune")
-        if method.VIEWS < 0:
-            raise UserError(f"TRAINER.LOGOPROMPT.VIEWS {method.VIEWS}: must not be negative; 0 augments at every step")
-        if method.VIEWS and method.TUNE_VISUAL:
-            raise UserError("TRAINER.LOGOPROMPT.VIEWS: tuned blocks change at every step, so set it to 0")
-        if method.K < 1:
-            raise UserError(f"TRAINER.LOGOPROMPT.K {method.K}: must be at least 1")
-        if not 1 <= method.MIN_CONTRAST <= MAX_CONTRAST:
-            raise UserError(f"TRAINER.LOGOPROMPT.MIN_CONTRAST {method.MIN_CONTRAST:g}: must be 1 to {MAX_CONTRAST:g}")
-        block_size(min(cfg.INPUT.SIZE), method.BLOCK_HEIGHT, method.BLOCK_WIDTH)
+            found.append("TRAINER.LOGOPROMPT.TUNE_VISUAL True: with VISUAL_PROMPT none there are none to tune")
+        if method.VIEWS > 0 and method.TUNE_VISUAL:
+            found.append(f"TRAINER.LOGOPROMPT.VIEWS {method.VIEWS}: tuned blocks change at every step, so set it to 0")
+        return found
 
     def build_network(self, clip_model: Backbone) -> nn.Module:
         network = super().build_network(clip_model)

@@ -46,7 +46,7 @@ from .logoprompt import LoGoPrompt
 from .prompting.checkpoints import PROMPT_LEARNER, load_checkpoint
 from .prompting.errors import UserError
 from .prompting.features import ImageBatch
-from .prompting.images import read_image
+from .prompting.images import FORMATS, read_image
 from .prompting.names import clean_name, relative_path
 from .prompting.results import read_results
 from .prompting.selection import log_probabilities, top_classes
@@ -142,7 +142,8 @@ def run_config(model_dir: str) -> CfgNode:
     trainers.extend_cfg(cfg)
     cfg.set_new_allowed(True)  # keys of data sets, and of other versions
     try:
-        cfg.merge_from_file(path)
+        with open(path, encoding="utf-8") as file:
+            cfg.merge_from_other_cfg(CfgNode.load_cfg(file.read()))
     except Exception as error:  # noqa: BLE001 (yaml and yacs each have errors of their own)
         raise UserError(f"{path}: not the config of a run ({' '.join(str(error).split())})") from error
     return cfg
@@ -529,7 +530,7 @@ class Predictor:
 def _size(path: str) -> tuple[int, int]:
     """Width and height by a file's header; 1 and 1 where that cannot be read, which read_image tells better."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.size
     except Exception:  # noqa: BLE001 (of any kind, as Pillow's errors are)
         return 1, 1

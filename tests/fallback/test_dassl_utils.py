@@ -138,7 +138,9 @@ def test_read_image_gives_rgb(tmp_path):
 
 def test_env_info(monkeypatch):
     monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "torch's lines")
+    collect_env_info.cache_clear()
     first, last = collect_env_info().splitlines()
+    collect_env_info.cache_clear()
     assert first == "torch's lines" and re.fullmatch(r"\s+Pillow \([\w.]+\)", last)
 
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-import warnings
-import zipfile
 from types import ModuleType
 from typing import Optional, Protocol
 
@@ -21,6 +19,7 @@ import torch
 import torch.nn as nn
 
 from .errors import UserError
+from .inert import is_jit_archive, load_plain, load_script
 
 # OpenAI's names and what open_clip calls the same architectures.
 OPENAI_NAMES = {
@@ -36,7 +35,7 @@ OPENAI_NAMES = {
 }
 CACHE = os.path.join("~", ".cache", "clip")  # where both packages keep OpenAI's files
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_clip.pt")  # by tools/pretrain_tiny_clip.py
-BOOKKEEPING = ("input_resolution", "context_length", "vocab_size")  # integers in OpenAI's archives, not weights
+BOOKKEEPING = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # in OpenAI's archives, not weights
 
 
 class Tokenizer(Protocol):
@@ -166,18 +165,39 @@ def load_clip(name: str, provider: str = "auto") -> Backbone:
     Raises:
         UserError: unknown name, missing or unreadable file, another architecture, no network, no package.
     """
-    if not name:
-        raise UserError(
-            f"MODEL.BACKBONE.NAME is empty: give one of {', '.join(OPENAI_NAMES)}, tiny, a path or arch/tag"
-        )
+    check_name(name)
     path = TINY if name == "tiny" else os.path.expanduser(name)
     if name in OPENAI_NAMES:
         return _from_state_dict(_read_state_dict(_openai_file(name), name), name, provider)
     if os.path.isfile(path):
         return _from_state_dict(_read_state_dict(path, name), name, provider)
+    return _from_open_clip(name)
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that stands for no weights, without loading any. Raises UserError."""
+    if not name:
+        raise UserError(
+            f"MODEL.BACKBONE.NAME is empty: give one of {', '.join(OPENAI_NAMES)}, tiny, a path or arch/tag"
+        )
+    path = os.path.expanduser(name)
+    if name == "tiny" or name in OPENAI_NAMES or os.path.isfile(path):
+        return
     if path.endswith((".pt", ".pth", ".bin", ".safetensors")) or os.path.isabs(path) or os.path.isdir(path):
         raise UserError(f"MODEL.BACKBONE.NAME {name}: no such file")
-    return _from_open_clip(name)
+    arch, _, tag = name.partition("/")
+    try:
+        open_clip = importlib.import_module("open_clip")
+    except ImportError as error:
+        raise UserError(f"MODEL.BACKBONE.NAME {name}: not an OpenAI name, and open_clip is not installed") from error
+    known = open_clip.list_pretrained_tags_by_model(arch) if arch in open_clip.list_models() else None
+    if known is None:
+        raise UserError(
+            f"MODEL.BACKBONE.NAME {name}: neither tiny, nor one of {', '.join(OPENAI_NAMES)}, nor a file, "
+            "nor arch/pretrained-tag of open_clip"
+        )
+    if tag not in known:
+        raise UserError(f"MODEL.BACKBONE.NAME {name}: open_clip's tags for {arch} are {', '.join(known) or '(none)'}")
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
@@ -217,7 +237,7 @@ def _tokenizer(package: ModuleType) -> Tokenizer:
 
 def _from_state_dict(state_dict: dict[str, torch.Tensor], name: str, provider: str) -> Backbone:
     package = import_provider(provider)
-    state_dict = {key: value.float() for key, value in state_dict.items() if key not in BOOKKEEPING}
+    state_dict = {key: value.float() for key, value in state_dict.items() if key.split(".")[-1] not in BOOKKEEPING}
     if package.__name__ == "clip":
         build = importlib.import_module("clip.model").build_model
     else:
@@ -241,11 +261,9 @@ def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
 
             state_dict = load_file(path)
         elif is_jit_archive(path):
-            with warnings.catch_warnings():  # deprecated as a way to deploy; OpenAI's files stay what they are
-                warnings.simplefilter("ignore", FutureWarning)
-                state_dict = torch.jit.load(path, map_location="cpu").state_dict()
+            state_dict = load_script(path)
         else:
-            state_dict = torch.load(path, map_location="cpu", weights_only=True)
+            state_dict = load_plain(path)
     except Exception as error:  # noqa: BLE001 (zip, pickle, safetensors and torch each have errors of their own)
         raise UserError(f"MODEL.BACKBONE.NAME {name}: cannot be read as CLIP weights ({_line(error)})") from error
     if isinstance(state_dict, dict) and isinstance(state_dict.get("state_dict"), dict):
@@ -267,14 +285,6 @@ def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
     return state_dict
 
 
-def is_jit_archive(path: str) -> bool:
-    """Whether a file is a TorchScript archive, as OpenAI's are."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(entry.endswith("constants.pkl") for entry in archive.namelist())
-
-
 def _openai_file(name: str) -> str:
     """Path of OpenAI's file for ``name``; downloaded unless the cache has it whole, by its checksum."""
     folder = os.path.expanduser(CACHE)
@@ -294,19 +304,8 @@ def _openai_file(name: str) -> str:
 
 
 def _from_open_clip(name: str) -> Backbone:
+    open_clip = importlib.import_module("open_clip")
     arch, _, tag = name.partition("/")
-    try:
-        open_clip = importlib.import_module("open_clip")
-    except ImportError as error:
-        raise UserError(f"MODEL.BACKBONE.NAME {name}: not an OpenAI name, and open_clip is not installed") from error
-    known = open_clip.list_pretrained_tags_by_model(arch) if arch in open_clip.list_models() else None
-    if known is None:
-        raise UserError(
-            f"MODEL.BACKBONE.NAME {name}: neither tiny, nor one of {', '.join(OPENAI_NAMES)}, nor a file, "
-            "nor arch/pretrained-tag of open_clip"
-        )
-    if tag not in known:
-        raise UserError(f"MODEL.BACKBONE.NAME {name}: open_clip's tags for {arch} are {', '.join(known) or '(none)'}")
     try:
         model = open_clip.create_model(arch, pretrained=tag, precision="fp32", device="cpu")
     except Exception as error:  # noqa: BLE001 (hub, network and file errors of several libraries)

@@ -13,9 +13,10 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
+from yacs.config import CfgNode
 
 from .errors import UserError
-from .inert import load_inert
+from .inert import load_inert, load_plain
 from .results import replacing, write_text
 
 PROMPT_LEARNER = "prompt_learner"
@@ -110,11 +111,12 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     """
     try:
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = load_plain(path)
         except pickle.UnpicklingError:
             checkpoint = load_inert(path)
         checkpoint["state_dict"], checkpoint["epoch"]  # noqa: B018 (a KeyError tells another kind of file)
         if "config" in checkpoint:  # one of ours: torch does not compare the checksums that it has written
+            CfgNode.load_cfg(checkpoint["config"])
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:
                     raise zipfile.BadZipFile

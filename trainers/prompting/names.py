@@ -14,6 +14,11 @@ def clean_name(classname: str) -> str:
     return classname.replace("_", " ")
 
 
+def printable(text: str) -> str:
+    """A text on one line; characters that a terminal would act on are spelled out (``\\n``, ``\\x1b``)."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def matching_names(wanted: Sequence[str], known: Sequence[str]) -> list[int]:
     """For each name wanted its position among the known ones, -1 where there is none; the n-th occurrence of a name
     matches the n-th occurrence there. Underscores are spaces."""

@@ -19,7 +19,7 @@ import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 
 from .errors import UserError
-from .names import clean_name
+from .names import clean_name, printable
 
 LOCATIONS = ("random", "top", "bottom")
 MAX_LINES = 3
@@ -46,28 +46,33 @@ def rasterise(classnames: Sequence[str], height: int, width: int, font: str = ""
         UserError: a name has no character that the font can draw, or the font cannot be read.
     """
     typeface = _Typeface(font)
-    texts, lacking, small = [], {}, []
+    texts, lacking, small, masks = [], {}, set(), {}
     for name in map(clean_name, classnames):
         text, absent = typeface.drawable(name)
+        if text and text not in masks:
+            masks[text], size = _draw(text, height, width, typeface)
+            if size < READABLE:
+                small.add(text)
+            elif not masks[text].any():  # of glyphs without ink
+                text = ""
         if not text:
-            shown = f'"{name}"' if name.strip() else "an empty class name"
+            shown = f'"{printable(name)}"' if name.strip() else "an empty class name"
             raise UserError(
                 f"{shown} cannot be drawn with {typeface.name}: set TRAINER.LOGOPROMPT.FONT to another font"
             )
         if absent:
-            lacking[name] = f'"{name}" ({absent}) is drawn as "{text}"'
+            lacking[name] = printable(f'"{name}" ({absent}) is drawn as "{text}"')
         texts.append(text)
-
-    masks = {}
-    for text in set(texts):
-        masks[text], size = _draw(text, height, width, typeface)
-        if size < READABLE:
-            small.append(text)
     if lacking:
         print(f"Not in {typeface.name} (see TRAINER.LOGOPROMPT.FONT): {'; '.join(lacking.values())}")
     if small:
         print(f"Visual prompts too small to read in {height}x{width} pixels: {', '.join(sorted(small))}")
     return torch.stack([masks[text] for text in texts]).unsqueeze(1)
+
+
+def check_font(path: str) -> None:
+    """Raises UserError where the font cannot be read; an empty path is Pillow's own font."""
+    _Typeface(path)
 
 
 class _Typeface:
@@ -144,12 +149,13 @@ def _draw(text: str, height: int, width: int, typeface: _Typeface) -> tuple[torc
 def _break_lines(words: list[str], n_lines: int, typeface: _Typeface) -> list[str]:
     """The break into ``n_lines`` lines whose longest line is shortest."""
     font = typeface.at(64)
+    length = lru_cache(maxsize=None)(lambda first, end: font.getlength(" ".join(words[first:end])))
     candidates = []
     for breaks in itertools.combinations(range(1, len(words)), n_lines - 1):
         edges = (0, *breaks, len(words))
-        lines = [" ".join(words[a:b]) for a, b in zip(edges, edges[1:])]
-        candidates.append((max(font.getlength(line) for line in lines), lines))
-    return min(candidates, key=lambda candidate: candidate[0])[1]
+        candidates.append((max(map(length, edges, edges[1:])), edges))
+    edges = min(candidates, key=lambda candidate: candidate[0])[1]
+    return [" ".join(words[a:b]) for a, b in zip(edges, edges[1:])]
 
 
 def _layout(lines: list[str], font: ImageFont.FreeTypeFont) -> tuple[list[tuple], list[float]]:
@@ -214,7 +220,7 @@ def _luminance(colour: Sequence[float]) -> float:
 
 def _uniform(key: str, n: int) -> list[float]:
     """n numbers in [0, 1) that depend on ``key`` alone: not on a random state, the process or the Python version."""
-    digest = hashlib.blake2b(key.encode(), digest_size=4 * n).digest()
+    digest = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=4 * n).digest()
     return [int.from_bytes(digest[4 * i : 4 * i + 4], "little") / 2**32 for i in range(n)]
 
 

@@ -14,7 +14,7 @@ import sqlite3
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from typing import Any, Callable, Optional
 
@@ -25,17 +25,15 @@ import torch.nn as nn
 from dassl.data import DataManager, DatasetWrapper
 from dassl.data.data_manager import build_data_loader
 from dassl.data.transforms import build_transform
-from dassl.data.transforms.transforms import AVAI_CHOICES, INTERPOLATION_MODES
 from dassl.engine import TrainerX
 from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler, build_optimizer
-from dassl.utils import load_pretrained_weights
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from .backbone import Backbone, load_clip
+from .backbone import Backbone, check_name, load_clip
 from .bank import seeded
 from .checkpoints import (
     BEST,
@@ -48,14 +46,15 @@ from .checkpoints import (
     whole_checkpoints,
     write_checkpoint,
 )
+from .checks import SHARED, Rule, against, against_dassl, said
 from .errors import UserError
 from .features import FeatureStore, ImageBatch, NotAStore, encoder_key, image_key
-from .images import DecodedImages, decoded_size, read_image
+from .images import READING, DecodedImages, decoded_size, read_image
+from .inert import load_weights
 from .names import flat_config, matching_names, relative_path
 from .results import remove_leftovers, write_results, write_text
 from .runs import Stopped, command, locked, quiet_threads, stoppable
 
-PRECISIONS = ("fp16", "fp32", "amp", "bf16")  # bf16: autocast like amp, in bfloat16, which needs no scaled loss
 IDENTITY = ("TRAINER.NAME", "MODEL.BACKBONE.NAME")  # without these the same a checkpoint means nothing
 # What may change between a run and its continuation without making it another run.
 FREE_KEYS = ("OUTPUT_DIR", "RESUME", "VERBOSE", "USE_CUDA", "DATASET.ROOT", "DATALOADER.NUM_WORKERS", "TRAIN.", "TEST.")
@@ -75,8 +74,8 @@ def extend_cfg(cfg: CfgNode) -> None:
 
 
 class ImageDataset(DatasetWrapper):
-    """Dassl's, with images that are decoded once where they fit into memory, and an image that cannot be read is named:
-    Dassl.pytorch passes Pillow's errors on as they are."""
+    """Dassl's, with images read by :func:`read_image`, which names one that cannot be read, and decoded once where they
+    fit into memory."""
 
     decoded: Optional[DecodedImages] = None
 
@@ -95,17 +94,25 @@ class ImageDataset(DatasetWrapper):
         with seeded(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")):
             return [self[i] for i in indices]
 
-    def decode(self, limit: float) -> None:
-        """Keep all images decoded unless they take more than ``limit`` bytes; due before workers are started."""
+    def decode(self, limit: float, shared: bool = True) -> None:
+        """Keep all images decoded unless they take more than ``limit`` bytes; due before workers, if any, are started.
+
+        Args:
+            shared: there will be worker processes.
+        """
         paths = [item.impath for item in self.data_source]
         size = decoded_size(paths, limit)
         if size:
-            self.decoded = DecodedImages(paths, size)
+            try:
+                self.decoded = DecodedImages(paths, size, shared)
+            except RuntimeError as error:  # torch's, for too little shared memory
+                print(f"Images are decoded every time they are used: {' '.join(str(error).split())}")
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
-        if self.decoded is not None and callable(self.transform) and not self.return_img0:
+        if callable(self.transform) and not self.return_img0:
             item = self.data_source[idx]
-            image = self._transform_image(self.transform, self.decoded[idx])
+            image = read_image(item.impath) if self.decoded is None else self.decoded[idx]
+            image = self._transform_image(self.transform, image)
             return {"label": item.label, "domain": item.domain, "impath": item.impath, "index": idx, "img": image}
         try:
             return super().__getitem__(idx)
@@ -122,6 +129,7 @@ class PromptTrainer(TrainerX):
     scaler: Optional[torch.amp.GradScaler] = None
     watch: Optional[CollapseWatch] = None  # while and after training
     scaled = ("amp",)  # precisions whose loss is scaled up for the backward pass
+    rules: Mapping[str, Rule] = {}  # of the method's own keys
     network: type[nn.Module]  # (cfg, classnames, backbone) -> module with prompt_learner and text_features()
     model_dir = ""
     _encoder_key: Optional[bytes] = None  # test and validation images have the same transform
@@ -133,27 +141,19 @@ class PromptTrainer(TrainerX):
 
     # ------------------------------------------------------------------------------------------------ building
 
-    def check_cfg(self, cfg: Any) -> None:
-        """Refuse values that nothing can be done with, before data and weights are loaded. Raises UserError."""
-        at_least_one = {
-            "OPTIM.MAX_EPOCH": cfg.OPTIM.MAX_EPOCH,
-            "TRAIN.PRINT_FREQ": cfg.TRAIN.PRINT_FREQ,
-            "DATALOADER.TRAIN_X.BATCH_SIZE": cfg.DATALOADER.TRAIN_X.BATCH_SIZE,
-            "DATALOADER.TEST.BATCH_SIZE": cfg.DATALOADER.TEST.BATCH_SIZE,
-        }
-        for key, value in at_least_one.items():
-            if value < 1:
-                raise UserError(f"{key} {value}: must be at least 1")
-        if len(cfg.INPUT.SIZE) != 2:
-            raise UserError(f"INPUT.SIZE {tuple(cfg.INPUT.SIZE)}: height and width are needed")
-        # Dassl itself stops at an unknown name with a bare assertion or KeyError.
-        for key, names, known in (
-            ("TRANSFORMS", cfg.INPUT.TRANSFORMS, AVAI_CHOICES),
-            ("INTERPOLATION", (cfg.INPUT.INTERPOLATION,), INTERPOLATION_MODES),
-        ):
-            for name in names:
-                if name not in known:
-                    raise UserError(f"INPUT.{key} {name}: choose from {', '.join(known)}")
+    @classmethod
+    def complaints(cls, cfg: CfgNode) -> list[str]:
+        """A line for every value that nothing can be done with: key, value, and what is allowed."""
+        method = f"TRAINER.{cfg.TRAINER.NAME.upper()}."
+        shared = [*against(SHARED, cfg), *said(lambda: check_name(cfg.MODEL.BACKBONE.NAME))]
+        mend_warmup()
+        return [*(shared or against_dassl(cfg)), *against(cls.rules, cfg, method)]
+
+    def check_cfg(self, cfg: CfgNode) -> None:
+        """Refuse a config before data and weights are loaded. Raises UserError with all of :meth:`complaints`."""
+        found = self.complaints(cfg)
+        if found:
+            raise UserError(*found)
 
     def build_data_loader(self) -> None:
         """As in Dassl, with images read by :class:`ImageDataset`."""
@@ -170,8 +170,6 @@ class PromptTrainer(TrainerX):
     def load_backbone(self, prec: str) -> Backbone:
         """CLIP on the device, frozen, in the precision asked for; checks ``INPUT.SIZE``."""
         cfg = self.cfg
-        if prec not in PRECISIONS:
-            raise UserError(f"TRAINER.{cfg.TRAINER.NAME.upper()}.PREC {prec}: choose one of {', '.join(PRECISIONS)}")
         print(f"Loading CLIP (backbone: {cfg.MODEL.BACKBONE.NAME})")
         backbone = load_clip(cfg.MODEL.BACKBONE.NAME)
         size = backbone.input_resolution
@@ -205,7 +203,7 @@ class PromptTrainer(TrainerX):
         cfg = self.cfg
         self.prompt_learner = prompt_learner.to(self.device)
         if cfg.MODEL.INIT_WEIGHTS:
-            load_pretrained_weights(prompt_learner, cfg.MODEL.INIT_WEIGHTS)
+            load_weights(prompt_learner, cfg.MODEL.INIT_WEIGHTS)
         self.optim = build_optimizer(prompt_learner, cfg.OPTIM, self.parameter_groups(prompt_learner))
         mend_warmup()
         self.sched = build_lr_scheduler(self.optim, cfg.OPTIM)
@@ -383,7 +381,7 @@ class PromptTrainer(TrainerX):
         self._write_config()
         data = self.train_loader_x.dataset
         if isinstance(data, ImageDataset):
-            data.decode(self.cfg.TRAIN.get("DECODED_GB", 0) * 2**30)
+            data.decode(self.cfg.TRAIN.get("DECODED_GB", 0) * 2**30, self.cfg.DATALOADER.NUM_WORKERS > 0)
 
     def run_epoch(self) -> None:
         start, self.busy = time.perf_counter(), 0.0
@@ -713,7 +711,9 @@ class PromptTrainer(TrainerX):
         if kind == "cuda":
             kind = torch.cuda.get_device_name(self.device)
         if self._encoder_key is None:  # of all weights: once a run, not once an evaluation
-            self._encoder_key = encoder_key(backbone.visual, loader.dataset.transform, self.computes, kind)
+            self._encoder_key = encoder_key(
+                backbone.visual, loader.dataset.transform, f"{self.computes} {READING}", kind
+            )
         name = f"{backbone.name}, {backbone.input_resolution} pixels, {self.computes}, {kind}"
         try:
             return FeatureStore(

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import SequenceMatcher
+from functools import cache
 from typing import IO, Any
 
 import numpy as np
@@ -105,6 +106,7 @@ def read_image(path: str) -> Image.Image:
         return image.convert("RGB")
 
 
+@cache  # asks pip and others, which takes a second, and nothing changes while a process lives
 def collect_env_info() -> str:
     """Return PyTorch's multi-line report on the system, with Pillow's version added."""
     from torch.utils.collect_env import get_pretty_env_info  # slow to import, and needed once a run at most
