@@ -15,6 +15,7 @@ from trainers.prompting.synthetic import (
     _break_lines,
     _Typeface,
     block_size,
+    check_font,
     contrast,
     draw_colours,
     fixed_places,
@@ -181,6 +182,9 @@ def test_another_font_is_used_and_a_bad_one_is_an_error(tmp_path):
             rasterise(["face"], 32, 224, str(bad))
         with pytest.raises(UserError, match=remedy):
             render_blocks(["face"], 32, 224, font=str(bad))
+        with pytest.raises(UserError, match=remedy):
+            check_font(str(bad))
+    check_font("")
 
 
 def test_a_pillow_without_freetype_is_an_error_that_says_so(monkeypatch):
@@ -328,6 +332,9 @@ def test_fixed_places_depend_on_seed_and_path_only():
     # known values: the same on every machine, in every version
     known = fixed_places(["caltech-101/x.jpg", "b.png"], 1, 224, (32, 112), "random")
     assert known.tolist() == KNOWN_PLACES
+    # names that are no UTF-8, as Python reads them from a disk
+    odd = fixed_places(["\udcff.jpg", "\udcfe.jpg"], 0, 64, (9, 32), "random").tolist()
+    assert odd[0] != odd[1] and all(0 <= top <= 55 and 0 <= left <= 32 for top, left in odd)
 
 
 KNOWN_PLACES = [[190, 30], [113, 23]]
