@@ -187,6 +187,21 @@ def test_another_font_is_used_and_a_bad_one_is_an_error(tmp_path):
     check_font("")
 
 
+def test_a_glyph_without_ink_is_no_name(tmp_path):
+    """Pillow's font with an empty glyph for the letter X."""
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+    from fontTools.ttLib import TTFont
+
+    path = tmp_path / "font.ttf"
+    path.write_bytes(ImageFont.load_default(12).font_bytes)
+    font = TTFont(path)
+    font["glyf"][font.getBestCmap()[ord("X")]] = TTGlyphPen(None).glyph()
+    font.save(path)
+    assert rasterise(["Xa"], 32, 224, str(path)).max() > 0.9
+    with pytest.raises(UserError, match='"X" cannot be drawn'):
+        rasterise(["cup", "X"], 32, 224, str(path))
+
+
 def test_a_pillow_without_freetype_is_an_error_that_says_so(monkeypatch):
     def load_default(size):
         raise ImportError("The _imagingft C module is not installed")
