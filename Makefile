@@ -1,4 +1,5 @@
-# make test     sets up .venv if need be, then runs the tests
+# make test     sets up .venv if need be, then runs the tests and says which lines they run
+# make mutants  changes the arithmetic of the method in a thousand ways and counts those that the tests notice
 # make soak     what kills runs at every moment there is; takes half an hour
 # make demo     the method on the embedded world; sets up .venv if need be, then takes minutes
 # make install  sets up .venv
@@ -8,10 +9,22 @@ PYTHON ?= python3
 VENV ?= .venv
 STAMP = $(VENV)/.installed
 
-.PHONY: test soak demo install lint format
+.PHONY: test mutants soak demo install lint format
 
 test: install
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --cov
+
+# From scratch, since mutmut does not see that a test has changed. One thread, because workers are forked and two of them
+# share the cores with each other.
+mutants: $(VENV)/.mutmut
+	rm -rf mutants
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m mutmut run
+	$(VENV)/bin/python tests/mutants.py
+
+$(VENV)/.mutmut: $(STAMP)
+	$(VENV)/bin/python -c 'import sys; assert sys.version_info >= (3, 10), "mutmut needs Python 3.10 or newer"'
+	$(VENV)/bin/python -m pip install --quiet 'mutmut>=3.8,<4'
+	touch $@
 
 soak: install
 	$(VENV)/bin/python -m pytest -m soak

@@ -195,6 +195,46 @@ def test_unknown_names_and_tags():
     assert "neither" in one_line(lambda: load_clip("nonsense"))
 
 
+def test_an_architecture_and_tag_of_open_clip_is_what_open_clip_builds(monkeypatch, clip_file):
+    """No weights are at hand, so the package is given our small ones, after it was asked for the right ones."""
+    import open_clip
+    from open_clip.model import build_model_from_openai_state_dict as build
+
+    asked = []
+
+    def create_model(*args, **kwargs):
+        asked.append((args, kwargs))
+        state = torch.load(clip_file, weights_only=True)
+        model = build(dict(state)).float()
+        model.load_state_dict(state)  # with all digits
+        return model
+
+    monkeypatch.setattr(open_clip, "create_model", create_model)
+    loaded = load_clip("ViT-B-32/laion2b_s34b_b79k")
+    assert asked == [(("ViT-B-32",), {"pretrained": "laion2b_s34b_b79k", "precision": "fp32", "device": "cpu"})]
+    assert loaded.name == "ViT-B-32/laion2b_s34b_b79k" and not loaded.logit_scale.requires_grad
+    for ours, theirs in zip(features(loaded), features(load_clip(clip_file, "open_clip"))):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_that_open_clip_cannot_get_are_an_error(monkeypatch):
+    import open_clip
+
+    def create_model(*args, **kwargs):
+        raise OSError("the hub does not answer\nafter three tries")
+
+    monkeypatch.setattr(open_clip, "create_model", create_model)
+    message = one_line(lambda: load_clip("ViT-B-32/laion2b_s34b_b79k"))
+    assert "MODEL.BACKBONE.NAME ViT-B-32/laion2b_s34b_b79k" in message and "the hub does not answer after" in message
+
+
+def test_without_any_package_the_error_says_what_to_install(monkeypatch, clip_file):
+    for package in ("clip", "open_clip"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert "pip install open_clip_torch" in one_line(lambda: load_clip(clip_file))
+    assert "ViT-B-32/openai" in one_line(lambda: load_clip("ViT-B-32/openai"))
+
+
 def test_no_network(monkeypatch, tmp_path):
     def refuse(*args, **kwargs):
         raise urllib.error.URLError("no route to host")

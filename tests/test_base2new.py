@@ -111,3 +111,12 @@ def test_summary_of_runs_that_are_not_finished(tmp_path, capsys):
     assert main([str(tmp_path), str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
     assert main([]) == 2
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"metrics": {}}'])
+def test_summary_of_results_without_an_accuracy(tmp_path, capsys, text):
+    (tmp_path / "results.json").write_text(text)
+    capsys.readouterr()
+    assert main([str(tmp_path), str(tmp_path)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "results.json" in error and str(tmp_path) in error and "no accuracy" in error

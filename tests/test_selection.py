@@ -41,10 +41,25 @@ def test_hard_negatives_are_not_just_the_top_classes():
     assert hard_negatives(logits, torch.tensor([0]), 2).tolist() == [[3, 2]]
 
 
+def test_hard_negatives_are_found_where_the_logits_are():
+    """No tensor of another device meets them; nothing is asked of the device."""
+    logits, label = torch.zeros(3, 7, device="meta"), torch.zeros(3, dtype=torch.long, device="meta")
+    negatives = hard_negatives(logits, label, 2)
+    assert negatives.device.type == "meta" and negatives.shape == (3, 2)
+
+
 def test_ties_go_to_the_lower_label():
     logits = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0]])
     assert top_classes(logits, 4).tolist() == [[1, 2, 4, 0]]
     assert hard_negatives(logits, torch.tensor([2]), 3).tolist() == [[1, 4, 0]]
+
+
+@pytest.mark.parametrize("classes", [17, 100, 1000])
+def test_ties_among_many_classes_go_to_the_lower_label(classes):
+    """Sorting algorithms are often stable by accident where there is little to sort."""
+    logits = torch.randint(0, 3, (4, classes), generator=torch.Generator().manual_seed(0)).float()
+    for row, ranked in zip(logits.tolist(), top_classes(logits, classes).tolist()):
+        assert ranked == naive_ranking(row)
 
 
 def test_a_duplicate_of_the_true_class_is_an_ordinary_negative():
@@ -132,6 +147,14 @@ def test_one_class_has_nothing_to_contrast(form):
     loss = min_max_loss(log_p[:, 0], log_p[:, 0], log_p[:, :0], log_p[:, :0], form)
     loss.sum().backward()
     assert loss.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("form", LOSSES)
+def test_without_negatives_the_loss_is_zero_and_pulls_at_nothing(form):
+    positive = torch.tensor([-0.5, -2.0], requires_grad=True)
+    loss = min_max_loss(positive, positive - 1, torch.zeros(2, 0), torch.zeros(2, 0), form)
+    loss.sum().backward()
+    assert loss.tolist() == [0.0, 0.0] and positive.grad.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("batch, classes, k", SHAPES)

@@ -213,6 +213,35 @@ def test_no_more_than_a_chunk_is_encoded_at_a_time(backbone):
     assert sorted(classes) == [2, 2, 4, 4]  # forward, and again in the backward pass
 
 
+def test_what_fits_into_one_chunk_is_encoded_once(backbone):
+    classes = []
+    hook = backbone.blocks[0].mlp.register_forward_hook(lambda module, args, output: classes.append(output.shape[0]))
+    learner = PromptLearner(backbone, LENGTHS, 4, csc=True)
+    TextEncoder(backbone, len(LENGTHS))(*learner.parts()).sum().backward()
+    hook.remove()
+    assert classes == [len(LENGTHS)]
+
+
+@pytest.mark.parametrize(
+    "worth, passes",
+    [
+        (0, [[3], [0], [2], [1, 4]]),
+        (2, [[3, 0], [2], [1, 4]]),  # 1 token of padding, 3 with the next
+        (3, [[3, 0, 2], [1, 4]]),  # 1 + 2 are put up with, 7 more are not
+        (10, [[3, 0, 2, 1], [4]]),
+        (17, [[3, 0, 2, 1, 4]]),
+    ],
+)
+def test_prompts_share_a_pass_until_their_padding_is_worth_another(monkeypatch, worth, passes):
+    monkeypatch.setattr(text, "WORTH_A_PASS", worth)
+    assert text._alike([9, 3, 8, 10, 3]) == passes
+
+
+def test_chunks_keep_the_order():
+    assert text._split([4, 2, 9, 1, 7], 2) == [[4, 2], [9, 1], [7]]
+    assert text._split([4, 2, 9], 3) == text._split([4, 2, 9], 0) == [[4, 2, 9]]
+
+
 def test_a_shared_context_under_autocast(backbone):
     learner, encode = PromptLearner(backbone.float(), LENGTHS, 4), TextEncoder(backbone)
     try:
@@ -259,9 +288,10 @@ def test_context_starts_from_words(backbone):
 
 
 def test_only_the_context_is_learned_and_stored(backbone):
-    learner = PromptLearner(backbone, NAMES, 16)
-    assert [name for name, _ in learner.named_parameters()] == ["ctx"]
-    assert list(learner.state_dict()) == ["ctx"]
+    for position in POSITIONS:
+        learner = PromptLearner(backbone, NAMES, 16, class_token_position=position)
+        assert [name for name, _ in learner.named_parameters()] == ["ctx"]
+        assert list(learner.state_dict()) == ["ctx"]
     assert 0.015 < learner.ctx.std() < 0.025  # CoOp's N(0, 0.02²)
 
 
@@ -284,10 +314,114 @@ def test_names_that_end_in_punctuation_or_repeat(backbone):
 
 
 def test_prompts_that_are_too_long_and_unknown_positions_are_errors(backbone):
-    with pytest.raises(UserError, match="tokens"):
+    with pytest.raises(UserError, match='"word word .* needs .* tokens.*shorten the class name or the context'):
         PromptLearner(backbone, ["word " * 80], 4)
-    with pytest.raises(UserError, match="tokens"):
+    with pytest.raises(UserError, match=f'"cup." needs 79 tokens, {backbone.name} takes 77: .*N_CTX, CTX_INIT'):
         PromptLearner(backbone, ["cup"], n_ctx=75)
+    with pytest.raises(UserError, match=f"needs 82 tokens, {backbone.name} takes 77"):
+        encode_texts(backbone, ["cup " * 80])
     PromptLearner(backbone, ["cup"], n_ctx=73)  # 73 + [SOS] cup . [EOT] fit exactly
-    with pytest.raises(UserError, match="end, middle, front"):
+    with pytest.raises(UserError, match="CLASS_TOKEN_POSITION left: choose one of end, middle, front"):
         PromptLearner(backbone, ["cup"], 4, class_token_position="left")
+
+
+def test_a_context_without_vectors_is_an_error(backbone):
+    assert PromptLearner(backbone, ["cup"], 1).ctx.shape[0] == 1
+    for n_ctx in (0, -1):
+        with pytest.raises(UserError, match=f"N_CTX {n_ctx}: at least one"):
+            PromptLearner(backbone, ["cup"], n_ctx)
+    assert PromptLearner(backbone, ["cup"], ctx_init="photo").ctx.shape[0] == 1
+    with pytest.raises(UserError, match='CTX_INIT "_": .*leave it empty'):
+        PromptLearner(backbone, ["cup"], ctx_init="_")
+
+
+def test_the_defaults_are_a_random_context_of_16_before_the_name(backbone):
+    torch.manual_seed(0)
+    default = PromptLearner(backbone, NAMES)
+    torch.manual_seed(0)
+    explicit = PromptLearner(backbone, NAMES, 16, "", False, "end")
+    assert default.n_ctx == 16 and default.n_cls == len(NAMES)
+    assert torch.equal(default()[0], explicit()[0])
+
+
+def test_layer_scales_of_open_clip_are_applied(clip_file):
+    """Blocks without them (OpenAI's) and with them, where each scales what its half of the block adds."""
+    backbone = load_clip(clip_file).double()
+    (ids,) = encode_tokens(backbone, ["a photo of a cup."])
+    prompts, eot = embed_tokens(backbone, [ids])
+    plain = TextEncoder(backbone)(prompts, eot)
+    for block in backbone.blocks:
+        for name in ("ls_1", "ls_2"):
+            if hasattr(block, name):
+                delattr(block, name)
+    torch.testing.assert_close(TextEncoder(backbone)(prompts, eot), plain)
+    linears = [(linear, scale) for b in backbone.blocks for linear, scale in ((b.attn.out_proj, 0.5), (b.mlp[-1], 3.0))]
+    with torch.no_grad():
+        for linear, scale in linears:
+            linear.weight.mul_(scale)
+            linear.bias.mul_(scale)
+        scaled = TextEncoder(backbone)(prompts, eot)
+        for linear, scale in linears:
+            linear.weight.div_(scale)
+            linear.bias.div_(scale)
+    for block in backbone.blocks:
+        block.ls_1, block.ls_2 = Scale(0.5), Scale(3.0)
+    torch.testing.assert_close(TextEncoder(backbone)(prompts, eot), scaled)
+    assert not torch.allclose(scaled, plain)
+
+
+class Scale(torch.nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x
+
+
+def test_features_of_half_precision_encoders_are_those_of_float32_but_for_rounding(clip_file):
+    """Whatever the learned context is kept in, the encoder computes in its own precision."""
+    full, half = load_clip(clip_file), load_clip(clip_file).half_weights()
+    (expected, found) = (encode_texts(backbone, LENGTHS) for backbone in (full, half))
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0)
+    for csc in (False, True):
+        learners = [PromptLearner(backbone, LENGTHS, 4, "a photo of a", csc) for backbone in (full, half)]
+        assert learners[1].ctx.dtype == torch.float16
+        expected = TextEncoder(full)(*learners[0].parts())
+        for learner in (learners[1], learners[1].float()):
+            learner.token_prefix, learner.token_suffix = learner.token_prefix.half(), learner.token_suffix.half()
+            found = TextEncoder(half)(*learner.parts())
+            assert found.dtype == torch.float16
+            torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0)
+
+
+def test_attention_of_several_heads_equals_the_loop(clip_file):
+    """The small model's width allows for one head of the usual size; CLIP has eight and more."""
+    backbone = load_clip(clip_file).double()
+    backbone.n_head = 4
+    torch.manual_seed(0)
+    learner = PromptLearner(backbone, LENGTHS, 3)
+    learner.ctx.data = torch.randn_like(learner.ctx) * 0.3
+    contexts = torch.stack([learner.ctx.detach(), torch.randn_like(learner.ctx) * 0.3])
+    expected = [
+        naive_encode(backbone, *zip(*(naive_prompt(backbone, ctx, name, "end") for name in LENGTHS)))
+        for ctx in contexts
+    ]
+    names_alone, eot, _ = learner.parts()
+    with torch.no_grad():
+        torch.testing.assert_close(TextEncoder(backbone)(*learner()), expected[0], atol=1e-10, rtol=1e-8)
+        torch.testing.assert_close(TextEncoder(backbone)(*learner.parts()), expected[0], atol=1e-10, rtol=1e-8)
+        found = TextEncoder(backbone)(names_alone, eot, learner.prefix(contexts))
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("n_in, reduction, hidden", [(64, 16, 4), (64, 4, 16), (24, 16, 1), (8, 16, 1)])
+def test_meta_net_is_cocoop_s(n_in, reduction, hidden):
+    net = text.meta_net(n_in, 5, reduction)
+    assert [name for name, _ in net.named_children()] == ["linear1", "relu", "linear2"]
+    assert net.linear1.weight.shape == (hidden, n_in) and net.linear2.weight.shape == (5, hidden)
+    x = torch.randn(3, n_in)
+    expected = torch.relu(x @ net.linear1.weight.T + net.linear1.bias) @ net.linear2.weight.T + net.linear2.bias
+    torch.testing.assert_close(net(x), expected)
+    assert text.meta_net(64, 5).linear1.out_features == 4  # CoCoOp's 16

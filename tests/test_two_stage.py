@@ -76,6 +76,38 @@ def test_gradients_reach_the_stage_that_is_trained_and_nothing_else(backbone):
     assert all(p.grad is None for p in backbone.parameters())
 
 
+def test_starting_over_with_stage_1_forgets_the_contexts_of_stage_2(backbone):
+    ours = learner(backbone, n_ctx=2)
+    before, eot = ours()
+    ours.begin_stage_2()
+    with torch.no_grad():
+        ours.ctx += 1
+    assert not torch.allclose(ours()[0], before)
+    ours.begin_stage_1()
+    assert torch.equal(ours()[0], before) and torch.equal(ours()[1], eot)
+    assert not ours.trained.any()
+
+
+def test_parameters_are_float32_beside_a_half_precision_encoder(clip_file):
+    full, half = (
+        TwoStagePromptLearner(backbone, NAMES, ctx_init=WORDS)
+        for backbone in (load_clip(clip_file), load_clip(clip_file).half_weights())
+    )
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    for stage in (half.begin_stage_1, half.begin_stage_2):
+        stage()
+        assert half()[0].dtype == torch.float16
+        torch.testing.assert_close(half()[0].float(), full()[0], atol=1e-3, rtol=1e-2)
+
+
+def test_the_defaults_are_those_of_generic_prompts_and_of_the_meta_net(backbone):
+    ours = TwoStagePromptLearner(backbone, NAMES)
+    assert ours.ctx.shape[:2] == (len(NAMES), 16)
+    n_in = ours.meta_net.linear1.in_features
+    assert ours.meta_net.linear1.out_features == n_in // 16
+    assert TwoStagePromptLearner(backbone, NAMES, reduction=4).meta_net.linear1.out_features == n_in // 4
+
+
 @pytest.mark.parametrize(
     "wanted, known, rows",
     [

@@ -107,6 +107,7 @@ class _Typeface:
         return " ".join("".join(text).split()), " ".join(sorted(set(absent)))
 
     def at(self, size: float) -> ImageFont.FreeTypeFont:
+        size = max(size, 0.5)  # FreeType refuses a size that rounds to no pixel at all
         if size not in self._sizes:
             self._sizes[size] = ImageFont.truetype(io.BytesIO(self._bytes), size, layout_engine=self._layout)
         return self._sizes[size]
