@@ -65,7 +65,7 @@ class TextEncoder(nn.Module):
 
     Args:
         chunk: classes that are encoded at a time. Activations are then kept for one chunk and computed again in the
-            backward pass: memory does not grow with C, a step takes a third more time. 0: all classes at once.
+            backward pass: memory hardly grows with C, a pass takes half as long again or more. 0: all classes at once.
     """
 
     def __init__(self, backbone: Backbone, chunk: int = 0) -> None:
