@@ -103,9 +103,8 @@ class Place:
         for path in [folder / f"model.pth.tar-{EPOCHS}", *folder.glob("model-best.pth.tar")]:
             found[path.name] = torch.load(path, weights_only=True)
             assert found[path.name].pop("config")  # names this folder
-        for path in (self.folder / "data").glob(
-            "caltech-101/split_fewshot/*.json"
-        ):  # a kill may leave a temporary file
+        samples = self.folder / "data" / "caltech-101" / "split_fewshot"
+        for path in samples.glob("*.json"):  # a kill may leave a temporary file
             found[path.name] = path.read_bytes()
         return found
 

@@ -281,27 +281,33 @@ def test_half_precision_on_the_cpu_is_float32_and_said(run):
     assert log.count("computing in float32 on the CPU") == 1
 
 
+@pytest.fixture
+def contexts(run):
+    """Contexts after training with some options, and how far they have come from where they began."""
+
+    def call(trainer, *opts):
+        found = {}
+        for name, words in (("start", ("OPTIM.LR", 0.0, "OPTIM.WARMUP_CONS_LR", 0.0)), ("plain", ()), ("other", opts)):
+            run(trainer, *words, out=name)
+            found[name] = run.trainer.prompt_learner.ctx.detach().clone()
+        return found["plain"], found["other"], (found["plain"] - found["start"]).norm()
+
+    return call
+
+
 @pytest.mark.parametrize("trainer", TRAINED)
-def test_bfloat16_trains_nearly_as_float32_does(run, trainer):
+def test_bfloat16_trains_nearly_as_float32_does(run, contexts, trainer):
     """No scaled loss; the loss itself is in float32, and so is what is learned."""
-    parameters = []
-    for prec in ("fp32", "bf16"):
-        run(trainer, f"TRAINER.{trainer.upper()}.PREC", prec, out=prec)
-        assert run.trainer.scaler is None
-        parameters.append(run.trainer.prompt_learner.ctx.detach())
-        assert parameters[-1].dtype == torch.float32
-    assert not torch.equal(*parameters)
-    torch.testing.assert_close(*parameters, atol=2e-3, rtol=0)
+    plain, rough, moved = contexts(trainer, f"TRAINER.{trainer.upper()}.PREC", "bf16")
+    assert run.trainer.scaler is None and rough.dtype == torch.float32
+    assert 0 < (rough - plain).norm() < 0.1 * moved
 
 
 @pytest.mark.parametrize("trainer", TRAINED)
-def test_classes_in_chunks_train_the_same(run, trainer):
-    contexts = []
-    for chunk in (0, 3):
-        run(trainer, "TRAIN.TEXT_CHUNK", chunk, out=str(chunk))
-        assert run.trainer.model.text_encoder.chunk == chunk
-        contexts.append(run.trainer.prompt_learner.ctx.detach())
-    torch.testing.assert_close(*contexts, atol=1e-5, rtol=0)
+def test_classes_in_chunks_train_the_same(run, contexts, trainer):
+    plain, chunked, moved = contexts(trainer, "TRAIN.TEXT_CHUNK", 3)
+    assert run.trainer.model.text_encoder.chunk == 3
+    assert moved > 0 and (chunked - plain).norm() < 1e-4 * moved
 
 
 def curves(folder):

@@ -44,9 +44,8 @@ from .prompting.trainer import extend_cfg as extend_shared_cfg
 TEXT_PROMPTS = ("two_stage", "generic")
 # Table 4a: what the visual prompts are used for. Ours is "selection"; "none" is CoOp's loss and prediction.
 VISUAL_PROMPTS = ("selection", "paired", "text_augmentation", "none")
-SHARE = Rule(
-    "the block must be larger than 0 and no larger than the image (1)", lambda value: 0 < value <= 1
-)  # of an image's height or width
+# Of an image's height or width.
+SHARE = Rule("the block must be larger than 0 and no larger than the image (1)", lambda value: 0 < value <= 1)
 CHUNK = 256  # class-conditional images pasted and encoded at a time
 GRADIENT_CHUNK = 64  # the same where activations are kept for a gradient
 
@@ -495,7 +494,7 @@ class LoGoPrompt(PromptTrainer):
         return super().test(split)
 
     def score(self, images: ImageBatch) -> torch.Tensor:
-        if self.unselected is not None:
+        if self.unselected is not None and self.model.visual_prompt == "selection":
             alone = self.model.log_p(images.features(), self.prompt_text)
             self.unselected.update(zip(images.paths, alone.argmax(dim=1).tolist()))
         return self.model.select(images, self.prompt_text)

@@ -221,8 +221,8 @@ class ImageBatch:
     def features(self) -> torch.Tensor:
         """f(x): (B, E), of unit length; encoded once, however often it is asked for."""
         if self._features is None:
-            encode = lambda rows: self.backbone.encode_image(self.pixels[rows])  # noqa: E731
-            self._features = self._kept(self.keys, range(len(self.paths)), encode)
+            rows = range(len(self.paths))
+            self._features = self._kept(self.keys, rows, lambda some: self.backbone.encode_image(self.pixels[some]))
         return self._features
 
     def conditional(self, classes: torch.Tensor) -> torch.Tensor:

@@ -362,9 +362,7 @@ class PromptTrainer(TrainerX):
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error}; {self._keep_last_epoch()}") from error
             except OSError as error:
-                if (
-                    error.errno and error.filename is None
-                ):  # TensorBoard and Dassl's log do not say where the disk is full
+                if error.errno and error.filename is None:  # TensorBoard and Dassl's log do not say where it happened
                     raise type(error)(error.errno, error.strerror, self.cfg.OUTPUT_DIR) from error
                 raise
 

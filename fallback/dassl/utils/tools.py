@@ -64,21 +64,10 @@ def atomic_write(fpath: str, mode: str = "wb") -> Iterator[IO[Any]]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, fpath)
-        _sync_folder(os.path.dirname(fpath) or ".")
     except BaseException:
         with suppress(FileNotFoundError):
             os.remove(partial)
         raise
-
-
-def _sync_folder(folder: str) -> None:
-    """Push a new name in a folder to the disk, where the system can."""
-    with suppress(OSError):  # Windows, some network file systems
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def read_json(fpath: str) -> Any:
