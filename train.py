@@ -37,7 +37,7 @@ import datasets
 import trainers
 from trainers.prompting.errors import UserError
 from trainers.prompting.names import flat_config, printable
-from trainers.prompting.runs import locked
+from trainers.prompting.run_folder import locked
 
 WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a list"}  # for types
 WORDS[list] = WORDS[tuple]
@@ -96,7 +96,7 @@ def setup_cfg(args: argparse.Namespace) -> CN:
         if name not in known:
             wrong.append(f'unknown {kind} "{name}"{_perhaps(name, known, 0.4)}: choose one of {", ".join(known)}')
         elif registry is TRAINER_REGISTRY:
-            wrong += getattr(registry.get(name), "complaints", lambda cfg: [])(cfg)
+            wrong += getattr(registry.get(name), "config_errors", lambda cfg: [])(cfg)
     if wrong:
         raise UserError(*wrong)
     cfg.freeze()
