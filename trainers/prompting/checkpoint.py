@@ -73,31 +73,23 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:160]
 
 
-def find_checkpoint(directory: str, epoch: Optional[int] = None) -> str:
-    """Path of a run's checkpoint: of the given epoch, else the best model, else the newest. Raises UserError."""
-    folder = os.path.join(directory, PROMPT_LEARNER)
-    names = [f"model.pth.tar-{epoch}"] if epoch is not None else [BEST, *checkpoint_names(folder)]
-    path = next((p for p in (os.path.join(folder, name) for name in names) if os.path.isfile(p)), None)
-    if path is None:
-        raise UserError(
-            f"no checkpoint {names[0] if epoch is not None else ''} in {folder}: see --model-dir, --load-epoch"
-        )
-    return path
-
-
 def load_checkpoint(directory: str, epoch: Optional[int] = None) -> tuple[str, dict[str, Any]]:
-    """Path and content of the checkpoint of :func:`find_checkpoint`. A damaged one is reported and the previous used.
+    """Path and content of a run's checkpoint: of the given epoch, else the best model, else the newest.
+
+    A damaged checkpoint is reported and the one before it used, unless an epoch was given.
 
     Raises:
-        UserError: there is none; the one of the given epoch is damaged, or all are.
+        UserError: there is none, or none that can be read.
     """
-    path = find_checkpoint(directory, epoch)
-    if epoch is not None:
-        return path, read_checkpoint(path)
-    folder = os.path.dirname(path)
-    names = [BEST] * (os.path.basename(path) == BEST) + checkpoint_names(folder)
-    found = next(readable_checkpoints(folder, names), None)
-    return found or (path, read_checkpoint(path))
+    folder = os.path.join(directory, PROMPT_LEARNER)
+    names = [f"model.pth.tar-{epoch}"] if epoch is not None else [BEST, *checkpoint_names(folder)]
+    names = [name for name in names if os.path.isfile(os.path.join(folder, name))]
+    if not names:
+        wanted = "" if epoch is None else f" model.pth.tar-{epoch}"
+        raise UserError(f"no checkpoint{wanted} in {folder}: see --model-dir, --load-epoch")
+    first = os.path.join(folder, names[0])
+    found = next(readable_checkpoints(folder, names), None) if epoch is None else None
+    return found or (first, read_checkpoint(first))
 
 
 def readable_checkpoints(folder: str, names: Optional[list[str]] = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -144,20 +136,15 @@ def newest_checkpoint(folder: str) -> str:
 def remap_state_to_classes(
     module: nn.Module, state: Mapping[str, torch.Tensor], classnames: Sequence[str], known: Sequence[str], path: str
 ) -> dict[str, torch.Tensor]:
-    """Express a state dict of other classes in the current ones.
+    """Express the state dict of a checkpoint, of the classes ``known``, in the classes that ``module`` was built for.
 
-    Rows of entries that a module lists in ``per_class`` go to the classes of the same name; of a name that occurs twice
-    the n-th goes to the n-th. Classes that the state dict does not know have the rows that ``module`` was initialised
-    with, unless its ``serves_unseen_classes`` is False. A module with ``remap_classes(state, rows)`` converts its own
-    entries, given for every current class its index among the known ones or -1.
-
-    Args:
-        module: built for ``classnames``.
-        state: of the classes ``known``.
-        path: of the checkpoint, for messages.
+    Rows of entries that a part of the module lists in ``per_class`` go to the classes of the same name; of a name that
+    occurs twice the n-th goes to the n-th. Unknown classes have the rows that the part was initialised with, unless its
+    ``serves_unseen_classes`` is False. A part with ``remap_classes(state, rows)`` converts its own entries, given for
+    every current class its index among the known ones or -1.
 
     Raises:
-        UserError: a class was not trained and the module has no default for it.
+        UserError: a class was not trained and has no default; ``path`` names the checkpoint.
     """
     rows = matching_names(classnames, known)
     index = torch.tensor(rows, dtype=torch.long)
@@ -191,10 +178,8 @@ class Checkpointer:
     """Writes, reads and resumes the checkpoints of a run: tensors and plain types only, with the class names.
 
     Args:
-        cfg: the whole config.
-        classnames: of the current classes.
         learned: the module that is saved.
-        optim, scaler: optimizer and gradient scaler (or None).
+        scaler: gradient scaler, or None.
         parts: further objects with ``state_dict`` and ``load_state_dict``, by name.
         stage_keys: config keys that decide which epoch belongs to which stage.
     """

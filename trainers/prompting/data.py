@@ -15,7 +15,7 @@ import torch
 from dassl.data import DatasetWrapper
 from dassl.data.data_manager import build_data_loader
 from PIL import Image, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 from yacs.config import CfgNode
 
@@ -73,11 +73,7 @@ def _scaled(image: Image.Image) -> Image.Image:
 
 
 class DecodedImages:
-    """Images decoded once, in one block of memory.
-
-    Args:
-        size: bytes of all images together, see :func:`decoded_size`.
-        shared: worker processes use the images too.
+    """Images decoded once, in one block of ``size`` bytes (:func:`decoded_size`), which worker processes may share.
 
     Raises:
         RuntimeError: too little shared memory (a container may have 64 MB).
@@ -166,33 +162,16 @@ class ImageDataset(DatasetWrapper):
 
 def ordered_loader(cfg: CfgNode, items: Sequence[Any], transform: Any) -> DataLoader:
     """A loader of images in their order, without augmentation."""
+    size = cfg.DATALOADER.TEST.BATCH_SIZE
     return build_data_loader(
-        cfg,
-        data_source=items,
-        batch_size=cfg.DATALOADER.TEST.BATCH_SIZE,
-        tfm=transform,
-        is_train=False,
-        dataset_wrapper=ImageDataset,
+        cfg, data_source=items, batch_size=size, tfm=transform, is_train=False, dataset_wrapper=ImageDataset
     )
 
 
-class IndexDataset(Dataset):
-    """Training images without their pixels, for a loader whose images come from a cache."""
-
-    def __init__(self, items: Sequence[Any]) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        item = self.items[i]
-        return {"index": i, "label": item.label, "domain": item.domain, "impath": item.impath}
-
-
 def index_loader(items: Sequence[Any], batch_size: int) -> DataLoader:
-    """Indices and labels of images in random order, in the batches of Dassl's training loader."""
-    return DataLoader(IndexDataset(items), batch_size=batch_size, shuffle=True, drop_last=len(items) >= batch_size)
+    """Indices and labels of training images, without pixels, in random order and Dassl's batches."""
+    rows = [{"index": i, "label": x.label, "domain": x.domain, "impath": x.impath} for i, x in enumerate(items)]
+    return DataLoader(rows, batch_size=batch_size, shuffle=True, drop_last=len(rows) >= batch_size)
 
 
 # ------------------------------------------------------------------------------------------------- random states

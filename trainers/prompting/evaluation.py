@@ -28,19 +28,12 @@ THREADS = min(8, os.cpu_count() or 1)  # decode images of which a store lacks so
 
 @dataclass
 class Evaluation:
-    """What an evaluation measured.
+    """What an evaluation measured."""
 
-    Attributes:
-        split: ``test`` or ``val``.
-        metrics: of Dassl's evaluator, accuracy in percent first.
-        extra_metrics: of methods that compare class-conditional images: percentages by name.
-        predictions: predicted label of every image, by its path relative to the data root.
-    """
-
-    split: str
-    metrics: dict[str, float]
-    extra_metrics: dict[str, float] = field(default_factory=dict)
-    predictions: dict[str, int] = field(default_factory=dict)
+    split: str  # test or val
+    metrics: dict[str, float]  # of Dassl's evaluator, accuracy in percent first
+    extra_metrics: dict[str, float] = field(default_factory=dict)  # of class-conditional images: percentages by name
+    predictions: dict[str, int] = field(default_factory=dict)  # label by path relative to the data root
 
 
 def evaluate(

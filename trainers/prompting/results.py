@@ -108,7 +108,7 @@ def harmonic_mean(base: float, new: float) -> float:
 
 def main(argv: list[str]) -> int:
     if len(argv) == 2 and argv[0] == "--finished":
-        return 0 if is_finished(argv[1]) else 1
+        return int(not is_finished(argv[1]))
     if len(argv) != 2:
         print(__doc__, file=sys.stderr)
         return 2
