@@ -56,7 +56,7 @@ def reset_cfg(cfg: CN, args: argparse.Namespace) -> None:
         "DATASET.ROOT": args.root,
         "OUTPUT_DIR": os.path.expanduser(args.output_dir),
         "RESUME": args.resume,
-        "SEED": args.seed if args.seed > 0 else None,
+        "SEED": args.seed,
         "DATASET.SOURCE_DOMAINS": args.source_domains,
         "DATASET.TARGET_DOMAINS": args.target_domains,
         "INPUT.TRANSFORMS": args.transforms,
@@ -65,7 +65,7 @@ def reset_cfg(cfg: CN, args: argparse.Namespace) -> None:
         "MODEL.HEAD.NAME": args.head,
     }
     for key, value in flags.items():
-        if value:
+        if value or (key == "SEED" and value == 0):
             _set(cfg, key, value)
 
 
@@ -78,7 +78,7 @@ def setup_cfg(args: argparse.Namespace) -> CN:
     """
     cfg = get_cfg_default()
     extend_cfg(cfg)
-    errors: list[str] = []
+    errors = flag_errors(args)
     for flag, path in (("--dataset-config-file", args.dataset_config_file), ("--config-file", args.config_file)):
         if path:
             errors += merge_file(cfg, path, flag)
@@ -97,6 +97,17 @@ def setup_cfg(args: argparse.Namespace) -> CN:
         raise UserError(*errors)
     cfg.freeze()
     return cfg
+
+
+def flag_errors(args: argparse.Namespace) -> list[str]:
+    """A line for every flag that would have no effect, or is missing."""
+    errors = [f"{word}: flags must come before the KEY VALUE pairs" for word in args.opts if word.startswith("--")]
+    if not args.eval_only and (args.model_dir or args.load_epoch is not None):
+        flag = "--model-dir" if args.model_dir else "--load-epoch"
+        errors.append(f"{flag}: names a model to evaluate; add --eval-only, or --resume to train on from a run")
+    if not args.output_dir and "OUTPUT_DIR" not in args.opts[::2]:
+        errors.append("--output-dir is missing: name a folder for this run")
+    return errors
 
 
 def merge_file(cfg: CN, path: str, flag: str) -> list[str]:
@@ -135,6 +146,8 @@ def _merge_tree(cfg: CN, node: CN, content: dict[Any, Any], prefix: str = "") ->
 
 def merge_pairs(cfg: CN, pairs: Sequence[str]) -> list[str]:
     """Override the config with the valid KEY VALUE pairs. Returns one line for every mistake."""
+    if any(word.startswith("--") for word in pairs):  # reported by flag_errors
+        return []
     errors = [error for key, value in zip(pairs[::2], pairs[1::2]) for error in _merge(cfg, key, value)]
     if len(pairs) % 2:
         errors.append(f"{pairs[-1]}: a value is missing, KEY VALUE pairs are needed")
@@ -226,7 +239,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         "--model-dir": "run folder whose model --eval-only evaluates",
     }.items():
         parser.add_argument(flag, default="", help=text)
-    parser.add_argument("--seed", type=int, default=-1, help="positive values fix the seed")
+    parser.add_argument("--seed", type=int, default=-1, help="of all random numbers; negative: none")
     parser.add_argument("--source-domains", nargs="+", help="source domains")
     parser.add_argument("--target-domains", nargs="+", help="target domains")
     parser.add_argument("--transforms", nargs="+", help="data augmentation")

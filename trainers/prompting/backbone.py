@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import json
 import os
 from types import ModuleType
 from typing import Any, Optional
@@ -34,6 +35,8 @@ OPENAI_MODELS = {
     "ViT-L/14": ("ViT-L-14", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
     "ViT-L/14@336px": ("ViT-L-14-336", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
 }
+# Normalisation of OpenAI's weights, and of others in their layout.
+PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CACHE = os.path.join("~", ".cache", "clip")  # OpenAI's files, for both packages
 # The weights of the embedded world; a drop-in does not copy them.
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "toy", "tiny_clip.pt")
@@ -61,6 +64,7 @@ class Backbone(nn.Module):
             encoder, which ``text_encoder.py`` runs on embeddings and on fewer than ``context_length`` positions.
         logit_scale: log(1/tau), a scalar parameter.
         input_resolution: H, in pixels.
+        pixel_mean, pixel_std: of RGB in [0, 1], as in its pre-training.
         context_length: maximum tokens of a prompt, [SOS] and [EOT] included (77 for CLIP).
         n_head: attention heads of the text encoder.
         tokenizer: the package's ``SimpleTokenizer``; sot_token, eot_token: ids of [SOS] and [EOT].
@@ -95,6 +99,8 @@ class Backbone(nn.Module):
         self.sot_token, self.eot_token = len(tokenizer.encoder) - 2, len(tokenizer.encoder) - 1
         resolution = getattr(self.visual, "input_resolution", None) or self.visual.image_size
         self.input_resolution = int(resolution[0] if isinstance(resolution, (tuple, list)) else resolution)
+        self.pixel_mean = tuple(getattr(self.visual, "image_mean", None) or PIXEL_MEAN)
+        self.pixel_std = tuple(getattr(self.visual, "image_std", None) or PIXEL_STD)
         self.context_length = int(self.positional_embedding.shape[0])
         self.n_head = self.blocks[0].attn.num_heads
         for module in self.modules():
@@ -125,6 +131,14 @@ class Backbone(nn.Module):
                 parameter.data = parameter.data.half()
         return self
 
+    def fingerprint(self) -> str:
+        """A short digest of the weights, from the first values of every tensor, in half precision."""
+        hashed = hashlib.blake2b(digest_size=8)
+        for name, value in sorted(self.state_dict().items()):
+            hashed.update(f"{name} {tuple(value.shape)}".encode())
+            hashed.update(value.flatten()[:16].detach().cpu().half().numpy().tobytes())
+        return hashed.hexdigest()
+
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, H) normalised images -> (B, E) image features, not of unit length (as CLIP's own method)."""
         features = self.visual(image.to(self.dtype))
@@ -140,11 +154,12 @@ class Backbone(nn.Module):
             return self.logit_scale.to(dtype).exp() * image_features.to(dtype) @ text_features.to(dtype).mT
 
 
-def load_clip(name: str, provider: str = "auto") -> Backbone:
+def load_clip(name: str, provider: str = "auto", quick_gelu: bool = True) -> Backbone:
     """Load CLIP weights in float32.
 
     Args:
         name: ``MODEL.BACKBONE.NAME``, see the top of this file.
+        quick_gelu: activation of weights given by path; an ``open_clip_config.json`` next to them has precedence.
         provider: ``"clip"``, ``"open_clip"`` or ``"auto"`` (``clip`` when importable, else ``open_clip``).
 
     Raises:
@@ -153,7 +168,10 @@ def load_clip(name: str, provider: str = "auto") -> Backbone:
     check_name(name)
     path = TINY if name == "tiny" else _openai_file(name) if name in OPENAI_MODELS else os.path.expanduser(name)
     if os.path.isfile(path):
-        return _from_state_dict(_read_state_dict(path, name), name, provider)
+        backbone = _from_state_dict(_read_state_dict(path, name), name, provider)
+        if name not in (*OPENAI_MODELS, "tiny"):
+            _set_activation(backbone, path, quick_gelu)
+        return backbone
     return _from_open_clip(name)
 
 
@@ -255,6 +273,10 @@ def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
         state_dict = state_dict["state_dict"]  # training checkpoints wrap it
     if isinstance(state_dict, dict):
         state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    if isinstance(state_dict, dict):
+        for key, value in state_dict.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+                raise UserError(f"MODEL.BACKBONE.NAME {name}: {key} in {path} is not finite; get the file again")
     needed = "visual.conv1.weight token_embedding.weight positional_embedding ln_final.weight text_projection"
     missing = [key for key in needed.split() if not isinstance(state_dict, dict) or key not in state_dict]
     if missing:
@@ -262,6 +284,22 @@ def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
             f"MODEL.BACKBONE.NAME {name}: not a CLIP state dict in OpenAI's layout (no {', '.join(missing)} in it)"
         )
     return state_dict
+
+
+def _set_activation(backbone: Backbone, path: str, quick_gelu: bool) -> None:
+    """Replace QuickGELU, which both builders use, where the weights were trained with GELU; and report which it is."""
+    source, config = "MODEL.BACKBONE.QUICK_GELU", os.path.join(os.path.dirname(path), "open_clip_config.json")
+    if os.path.isfile(config):
+        try:
+            with open(config, encoding="utf-8") as file:
+                quick_gelu, source = bool(json.load(file)["model_cfg"].get("quick_gelu", False)), config
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{config}: not a config of open_clip ({_line(error)}); correct or remove it") from error
+    print(f"Activation: {'QuickGELU' if quick_gelu else 'GELU'} ({source})")
+    for module in [] if quick_gelu else list(backbone.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "QuickGELU":
+                setattr(module, name, nn.GELU())
 
 
 def _open_published_archive(path: str) -> dict[str, torch.Tensor]:

@@ -182,6 +182,10 @@ class Checkpointer:
         scaler: gradient scaler, or None.
         parts: further objects with ``state_dict`` and ``load_state_dict``, by name.
         stage_keys: config keys that decide which epoch belongs to which stage.
+        fingerprint: of the backbone's weights.
+
+    Attributes:
+        warnings: settings that differ between a loaded model's run and this one.
     """
 
     def __init__(
@@ -193,9 +197,11 @@ class Checkpointer:
         scaler: Any,
         parts: Mapping[str, Any],
         stage_keys: Sequence[str],
+        fingerprint: str,
     ) -> None:
         self.cfg, self.classnames, self.learned, self.optim, self.scaler = cfg, list(classnames), learned, optim, scaler
-        self.parts, self.stage_keys = parts, stage_keys
+        self.parts, self.stage_keys, self.fingerprint = parts, stage_keys, fingerprint
+        self.warnings: list[str] = []
         self.best_epoch: Optional[int] = None
         self.last_checkpoint: tuple[str, int] = ("", 0)  # path and epoch
         self._last_epoch_state: Optional[dict[str, Any]] = None  # of the last epoch, if no checkpoint holds it
@@ -221,6 +227,7 @@ class Checkpointer:
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "random": random_states(),
             "config": self.cfg.dump(),
+            "backbone": self.fingerprint,
             "classnames": self.classnames,
         }
 
@@ -250,9 +257,32 @@ class Checkpointer:
     def load(self, directory: str, epoch: Optional[int] = None) -> int:
         """Load what was learned, see :func:`load_checkpoint`. Returns the epoch, counted from 1. Raises UserError."""
         path, checkpoint = load_checkpoint(directory, epoch)
+        self._compare_settings(checkpoint, path)
         self._load_learned(checkpoint, path)
         print(f'Loading weights to {PROMPT_LEARNER} from "{path}" (epoch = {checkpoint["epoch"]})')
         return int(checkpoint["epoch"])
+
+    def _compare_settings(self, checkpoint: dict[str, Any], path: str) -> None:
+        """Refuse another method or backbone than the run's; warn of other settings that change predictions."""
+        self._check_backbone(checkpoint, path)
+        if "config" not in checkpoint:
+            return
+        before, now = (flat_config(CfgNode.load_cfg(text)) for text in (checkpoint["config"], self.cfg.dump()))
+        name = self.cfg.TRAINER.NAME
+        if before["TRAINER.NAME"] != name:
+            raise UserError(
+                f"{path} was trained with --trainer {before['TRAINER.NAME']}, not {name}: name that trainer"
+            )
+        compared = (f"TRAINER.{name.upper()}.", "INPUT.SIZE", "INPUT.INTERPOLATION", "INPUT.PIXEL_")
+        for key in sorted(before.keys() & now.keys()):
+            if key.startswith(compared) and before[key] != now[key]:
+                self.warnings.append(f"the model was trained with {key} {before[key]}, now it is {now[key]}")
+                print(f"WARNING: {path}: {self.warnings[-1]}")
+
+    def _check_backbone(self, checkpoint: dict[str, Any], path: str) -> None:
+        if checkpoint.get("backbone", self.fingerprint) != self.fingerprint:
+            name = self.cfg.MODEL.BACKBONE.NAME
+            raise UserError(f"{path} was trained with other CLIP weights than {name}: give the run's --backbone")
 
     def resume(self, directory: str) -> Optional[dict[str, Any]]:
         """Restore the newest readable checkpoint of a run folder, and return it; None: training starts from scratch.
@@ -275,6 +305,7 @@ class Checkpointer:
             print(f"No checkpoint found{damaged}, train from scratch")
             return None
         path, checkpoint = found
+        self._check_backbone(checkpoint, path)
         same = self._check_same_run(checkpoint, path, every_key=here)
         self._load_learned(checkpoint, path)
         if checkpoint.get("optimizer"):
@@ -349,4 +380,6 @@ class Checkpointer:
                     f"{path}: {key} is {tuple(value.shape)}, here it must be {tuple(expected[key].shape)}; it was "
                     "trained with another backbone, another context or class-specific contexts of other classes"
                 )
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise UserError(f"{path}: {key} is not finite; use another epoch (--load-epoch)")
         self.learned.load_state_dict(state)

@@ -10,6 +10,7 @@ import math
 import os
 import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import reduce
 from typing import Any, NamedTuple, Optional
 
 from yacs.config import CfgNode
@@ -79,6 +80,8 @@ SHARED_KEYS = {
     "TEST.FEATURES_GB": Key(4.0, at_least(0)),  # size limit of that file
     "TRAIN.TEXT_CHUNK": Key(0, at_least(0)),  # classes encoded at a time, to save memory; 0: all of them
     "TRAIN.COMPILE": Key(False),  # torch.compile the image encoder: takes minutes, changes last digits
+    "TRAIN.DROP_LAST": Key(True),  # leave an incomplete last batch out of every epoch, as Dassl does
+    "MODEL.BACKBONE.QUICK_GELU": Key(True),  # activation of weights given by path, as of OpenAI's; False: GELU
     "TRAIN.DECODED_GB": Key(1.0, at_least(0)),  # training images stay decoded in memory up to this size; 0: never
 }
 
@@ -124,8 +127,8 @@ DASSL_RULES = {
 def add_keys(cfg: CfgNode, keys: Mapping[str, Key], node: str = "") -> None:
     """Add the shared keys and those of a method, below ``cfg.TRAINER.<node>``."""
     for name, key in SHARED_KEYS.items():
-        group, leaf = name.split(".")
-        cfg[group][leaf] = key.default
+        *groups, leaf = name.split(".")
+        reduce(CfgNode.__getitem__, groups, cfg)[leaf] = key.default
     if node:
         cfg.TRAINER[node] = CfgNode({name: key.default for name, key in keys.items()})
 

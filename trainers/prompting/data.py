@@ -15,12 +15,13 @@ import torch
 from dassl.data import DatasetWrapper
 from dassl.data.data_manager import build_data_loader
 from PIL import Image, UnidentifiedImageError
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import BatchSampler, DataLoader, get_worker_info
 from tqdm import tqdm
 from yacs.config import CfgNode
 
 # Only these formats are decoded, whatever a file is called: Pillow starts another program for some others (EPS).
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_ASPECT = 1000  # long side / short side: the transforms resize the short side to the model's input
 MAX_PIXELS = 178_956_970  # Pillow's own limit, half a gigabyte in RGB; Pillow would warn from half of it on
 READER_VERSION = 1  # of what read_image returns; part of the key of stored features
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -58,10 +59,13 @@ def read_image(path: str) -> Image.Image:
 
 @contextmanager
 def open_image(path: str) -> Iterator[Image.Image]:
-    """An image file of which only the header has been read. Raises ValueError beyond ``MAX_PIXELS``."""
+    """An image file of which only the header has been read. Raises ValueError for one that would fill the memory."""
     with Image.open(path, formats=FORMATS) as image:
+        size = f"{image.width}x{image.height} pixels"
         if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels, the limit is {MAX_PIXELS}")
+            raise ValueError(f"{size}, the limit is {MAX_PIXELS}")
+        if max(image.size) > MAX_ASPECT * min(image.size):
+            raise ValueError(f"{size} are too long and thin to be resized")
         yield image
 
 
@@ -172,6 +176,26 @@ def index_loader(items: Sequence[Any], batch_size: int) -> DataLoader:
     """Indices and labels of training images, without pixels, in random order and Dassl's batches."""
     rows = [{"index": i, "label": x.label, "domain": x.domain, "impath": x.impath} for i, x in enumerate(items)]
     return DataLoader(rows, batch_size=batch_size, shuffle=True, drop_last=len(rows) >= batch_size)
+
+
+def handle_last_batch(loader: DataLoader, drop_last: bool) -> DataLoader:
+    """Report the images that a training loader leaves out of every epoch, or make it use them.
+
+    Dassl always drops an incomplete last batch; with a sequential sampler these are the same images every time.
+    """
+    left_out = len(loader.sampler) % loader.batch_size if loader.drop_last else 0
+    if not left_out:
+        return loader
+    if drop_last:
+        print(
+            f"{left_out} of {len(loader.sampler)} training images are left out of every epoch (batches of "
+            f"{loader.batch_size}); set TRAIN.DROP_LAST False to use them"
+        )
+        return loader
+    batches = BatchSampler(loader.sampler, loader.batch_size, drop_last=False)
+    return DataLoader(
+        loader.dataset, batch_sampler=batches, num_workers=loader.num_workers, pin_memory=loader.pin_memory
+    )
 
 
 # ------------------------------------------------------------------------------------------------- random states

@@ -34,6 +34,7 @@ class Evaluation:
     metrics: dict[str, float]  # of Dassl's evaluator, accuracy in percent first
     extra_metrics: dict[str, float] = field(default_factory=dict)  # of class-conditional images: percentages by name
     predictions: dict[str, int] = field(default_factory=dict)  # label by path relative to the data root
+    warnings: list[str] = field(default_factory=list)  # why the numbers mean little
 
 
 def evaluate(
@@ -51,13 +52,16 @@ def evaluate(
     """
     evaluator.reset()
     predictions: dict[str, int] = {}
-    compared = changed = correct_alone = 0
+    labels: set[int] = set()
+    num_classes = compared = changed = correct_alone = 0
     text_features = method.text_features()
     with tqdm(total=total, unit="image", disable=None) as bar:
         for images, label in batches:
             found = method.compare(images, text_features)
             check_scores(found.scores, images.paths)
             evaluator.process(found.scores, label)
+            num_classes = found.scores.shape[1]
+            labels.update(label.tolist())
             predicted = found.scores.argmax(dim=1)
             predictions.update(zip(images.paths, predicted.tolist()))
             if found.candidates is not None:
@@ -71,15 +75,22 @@ def evaluate(
     if compared:
         extra["changed_by_selection"] = 100 * changed / compared
         extra["accuracy_without_selection"] = 100 * correct_alone / compared
-    return Evaluation(split, metrics, extra, predictions)
+    warnings = []
+    if num_classes == 1:
+        warnings.append("there is one class to choose from, so every prediction is correct")
+    elif len(labels) > 1 and len(set(predictions.values())) == 1:
+        warnings.append("every image is predicted to be of the same class: nothing was learned, or training collapsed")
+    for warning in warnings:
+        print(f"WARNING: {warning}")
+    return Evaluation(split, metrics, extra, predictions, warnings)
 
 
-def check_scores(scores: torch.Tensor, paths: Sequence[str]) -> None:
-    """Raise UserError unless every image has a best class: (B, C) scores; -inf is allowed for other classes."""
+def check_scores(scores: torch.Tensor, paths: Sequence[str], what: str = "scores") -> None:
+    """Raise UserError unless every row of (B, C) has a finite maximum; -inf is allowed elsewhere."""
     bad = ~torch.isfinite(scores.amax(dim=1))
     if bad.any():
         path = paths[int(bad.int().argmax())]
-        raise UserError(f"{path}: the scores are not numbers; check the weights (MODEL.BACKBONE.NAME, --model-dir)")
+        raise UserError(f"{path}: its {what} are not numbers; check the weights (MODEL.BACKBONE.NAME, --model-dir)")
 
 
 class ImageSource:
@@ -198,5 +209,6 @@ class FewShotFeatures:
         for batch in tqdm(self._loader(items), desc="features", disable=None, leave=False):
             features.append(self._encode(batch["img"]).float())
             labels.append(batch["label"])
+            check_scores(features[-1], batch["impath"], "features")
         features = torch.cat(features)
         return features, torch.cat(labels).to(features.device)

@@ -39,16 +39,20 @@ class StageSchedule:
         self.stages, self.optim, self.optim_cfg, self.build, self.data = stages, optim, optim_cfg, build, data
         self.firsts = [sum(stage.epochs for stage in stages[:i]) for i in range(len(stages))]
         self.scheduler: Any = None
+        self.warnings = [
+            f"stage {i} has {stage.epochs} epoch{'s' * (stage.epochs > 1)}, all warm-up: it learns next to nothing. Raise "
+            "OPTIM.MAX_EPOCH or lower OPTIM.WARMUP_EPOCH"
+            for i, stage in enumerate(stages, start=1)
+            if 0 < stage.epochs <= optim_cfg.WARMUP_EPOCH
+        ]
 
     def before_epoch(self, epoch: int) -> None:
         """Begin the stage whose first epoch this is."""
-        for i, (first, stage) in enumerate(zip(self.firsts, self.stages)):
+        if epoch == 0:
+            for warning in self.warnings:
+                print(f"WARNING: {warning}")
+        for first, stage in zip(self.firsts, self.stages):
             if first == epoch and stage.epochs > 0:
-                if stage.epochs <= self.optim_cfg.WARMUP_EPOCH:
-                    print(
-                        f"WARNING: stage {i + 1} has {stage.epochs} epoch(s), all of them warm-up: it learns next to "
-                        "nothing. Raise OPTIM.MAX_EPOCH or lower OPTIM.WARMUP_EPOCH."
-                    )
                 self._start(stage)
                 stage.begin(self.data)
 

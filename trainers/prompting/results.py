@@ -106,6 +106,13 @@ def harmonic_mean(base: float, new: float) -> float:
     return 2 * base * new / (base + new) if base + new else 0.0
 
 
+def described(run: dict[str, Any]) -> str:
+    """Shots and seed of a run in words."""
+    shots, seed = run["shots"], run["seed"]
+    images = "all training images" if shots < 1 else f"{shots} shot{'s' * (shots > 1)}"
+    return f"{images}, {'no seed' if seed < 0 else f'seed {seed}'}"
+
+
 def main(argv: list[str]) -> int:
     if len(argv) == 2 and argv[0] == "--finished":
         return int(not is_finished(argv[1]))
@@ -122,9 +129,12 @@ def main(argv: list[str]) -> int:
         print(f"error: a {NAME} of {' or '.join(argv)} holds no accuracy ({error!r})", file=sys.stderr)
         return 2
     run = base["run"]
-    print(f"{run['trainer']} on {run['dataset']}, {run['shots']} shots, seed {run['seed']} ({run['backbone']})")
+    print(f"{run['trainer']} on {run['dataset']}, {described(run)} ({run['backbone']})")
     for label, value in zip(("base", "new", "H"), (*accuracies, harmonic_mean(*accuracies))):
         print(f"{label:>4} {value:6.2f}")
+    for label, results in zip(("base", "new"), (base, new)):
+        for warning in results.get("warnings", ()):
+            print(f"WARNING ({label}): {warning}")
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Optional
 
@@ -21,13 +21,13 @@ from .backbone import Backbone, check_name, load_clip
 from .checkpoint import BEST, PROMPT_LEARNER, Checkpointer
 from .config import DASSL_RULES, SHARED_KEYS, rules_of, user_error_messages, violations
 from .dassl_compat import build_optimizer, dassl_errors, grad_scaler, patch_dassl_warmup
-from .data import ImageDataset, index_loader, ordered_loader
+from .data import ImageDataset, handle_last_batch, index_loader, ordered_loader
 from .errors import UserError
 from .evaluation import Evaluation, FewShotFeatures, ImageSource, evaluate
 from .hooks import CollapseMonitor, EpochTimer, FiniteGuard, StageSchedule
 from .image_batch import ImageBatch, ViewCache
 from .method import Method
-from .results import remove_leftovers, write_results, write_text
+from .results import described, remove_leftovers, write_results, write_text
 from .run_folder import Stopped, command, locked, quiet_threads, stoppable
 from .weights import load_init_weights
 
@@ -66,6 +66,7 @@ class PromptTrainer(TrainerX):
         self.num_source_domains = self.dm.num_source_domains
         if self.method_class.views(self.cfg):
             self.train_loader_x = index_loader(self.dm.dataset.train_x, self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE)
+        self.train_loader_x = handle_last_batch(self.train_loader_x, self.cfg.TRAIN.DROP_LAST)
 
     def build_model(self) -> None:
         cfg = self.cfg
@@ -97,7 +98,8 @@ class PromptTrainer(TrainerX):
         stage_keys = self.model.stage_keys
         if len(self.sched.stages) > 1:
             stage_keys = (*stage_keys, "OPTIM.MAX_EPOCH", "DATASET.NUM_SHOTS")
-        self.checkpointer = Checkpointer(cfg, self.classnames, learned, self.optim, self.scaler, parts, stage_keys)
+        state = learned, self.optim, self.scaler, parts
+        self.checkpointer = Checkpointer(cfg, self.classnames, *state, stage_keys, self.backbone.fingerprint())
 
     @property
     def classnames(self) -> list[str]:
@@ -108,8 +110,8 @@ class PromptTrainer(TrainerX):
         """Train and test."""
         if self.checkpointer is None:
             raise UserError(f"{self.cfg.TRAINER.NAME} has nothing to train: add --eval-only")
-        if needed := self.method_class.validation(self.cfg):
-            self.data.check_validation(*needed)
+        for setting in validation_settings(self.cfg, self.method_class):
+            self.data.check_validation(*setting)
         self.training = True
         with training_session(self.cfg.OUTPUT_DIR, self.checkpointer):
             super().train()
@@ -240,8 +242,8 @@ class PromptTrainer(TrainerX):
         """Evaluate; returns the accuracy in percent, and leaves everything else in :attr:`evaluation`."""
         self.set_model_mode("eval")
         split = split or self.cfg.TEST.SPLIT
-        if split != "val" or self.val_loader is None:
-            split = "test"
+        if split == "val":
+            self.data.check_validation("TEST.SPLIT val", "set TEST.SPLIT test")
         loader = self.val_loader if split == "val" else self.test_loader
         print(f"Evaluate on the *{split}* set")
         batches = self.source.batches(loader, self.model.frozen_image_encoder)
@@ -281,7 +283,9 @@ class PromptTrainer(TrainerX):
             "collapsed": self.monitor.collapsed if self.training else None,
         }
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
-        write_run_results(self.cfg, self.evaluation or Evaluation("", {}), self.num_classes, run, device)
+        warnings = [] if self.checkpointer is None else self.checkpointer.warnings
+        warnings = [*warnings, *(self.sched.warnings if self.training and not self.fits else [])]
+        write_run_results(self.cfg, self.evaluation or Evaluation("", {}), self.num_classes, run, device, warnings)
 
 
 @contextmanager
@@ -312,10 +316,12 @@ def load_backbone(cfg: CfgNode, prec: str, device: torch.device) -> tuple[Backbo
     """
     name = cfg.MODEL.BACKBONE.NAME
     print(f"Loading CLIP (backbone: {name})")
-    backbone = load_clip(name)
+    backbone = load_clip(name, quick_gelu=cfg.MODEL.BACKBONE.QUICK_GELU)
+    check_normalisation(cfg, backbone)
     size = backbone.input_resolution
     if tuple(cfg.INPUT.SIZE) != (size, size):
         raise UserError(f"INPUT.SIZE {tuple(cfg.INPUT.SIZE)}: {name} takes images of ({size}, {size}) pixels")
+    check_normalisation(cfg, backbone)
     if prec == "clip":
         prec = "fp16" if device.type == "cuda" else "fp32"
     if device.type == "cpu" and prec in ("fp16", "amp"):
@@ -328,7 +334,35 @@ def load_backbone(cfg: CfgNode, prec: str, device: torch.device) -> tuple[Backbo
     return backbone.to(device), prec
 
 
-def write_run_results(cfg: CfgNode, evaluation: Evaluation, num_classes: int, run: dict[str, Any], device: str) -> None:
+def check_normalisation(cfg: CfgNode, backbone: Backbone) -> None:
+    """Raise UserError where images would be normalised in another way than in the backbone's pre-training."""
+    if "normalize" not in cfg.INPUT.TRANSFORMS:
+        raise UserError("INPUT.TRANSFORMS lacks normalize, which the backbone was trained with: add it")
+    for key, needed in (("PIXEL_MEAN", backbone.pixel_mean), ("PIXEL_STD", backbone.pixel_std)):
+        given = cfg.INPUT[key]
+        if any(abs(a - b) > 1e-3 for a, b in zip(given, needed)):
+            raise UserError(f"INPUT.{key} {tuple(given)}: {backbone.name} needs {needed}")
+
+
+def check_normalisation(cfg: CfgNode, backbone: Backbone) -> None:
+    """Raise UserError where images would be normalised in another way than in the backbone's pre-training."""
+    if "normalize" not in cfg.INPUT.TRANSFORMS:
+        raise UserError("INPUT.TRANSFORMS lacks normalize, which the backbone was trained with: add it")
+    for key, needed in (("PIXEL_MEAN", backbone.pixel_mean), ("PIXEL_STD", backbone.pixel_std)):
+        if any(abs(a - b) > 1e-3 for a, b in zip(cfg.INPUT[key], needed)):
+            raise UserError(f"INPUT.{key} {tuple(cfg.INPUT[key])}: {backbone.name} needs {needed}")
+
+
+def validation_settings(cfg: CfgNode, method_class: type[Method]) -> list[tuple[str, str]]:
+    """Settings of a training run that need validation images, with the remedy where there are none."""
+    best = cfg.TEST.FINAL_MODEL == "best_val" and not cfg.TEST.NO_TEST
+    settings = [("TEST.FINAL_MODEL best_val", "set it to last_step") if best else None, method_class.validation(cfg)]
+    return [setting for setting in settings if setting]
+
+
+def write_run_results(
+    cfg: CfgNode, evaluation: Evaluation, num_classes: int, run: dict[str, Any], device: str, warnings: Sequence[str]
+) -> None:
     """Write ``results.json`` and print the line that ends a run."""
     run = {
         "trainer": cfg.TRAINER.NAME,
@@ -345,6 +379,7 @@ def write_run_results(cfg: CfgNode, evaluation: Evaluation, num_classes: int, ru
         "split": evaluation.split or None,
         "images": len(evaluation.predictions),
         "classes": num_classes,
+        "warnings": [*warnings, *evaluation.warnings],  # why the numbers may not mean what they seem to
         "run": run,
         "torch": torch.__version__,
         "pillow": PIL.__version__,  # versions differ in the pixels of the drawn names
@@ -352,7 +387,7 @@ def write_run_results(cfg: CfgNode, evaluation: Evaluation, num_classes: int, ru
     }
     path, accuracy = write_results(cfg.OUTPUT_DIR, results), evaluation.metrics.get("accuracy")
     print(
-        f"{run['trainer']} on {run['dataset']}, {run['subsample_classes']} classes, {run['shots']} shots, "
-        f"seed {run['seed']}: {'not tested' if accuracy is None else f'accuracy {accuracy:.2f} %'} "
+        f"{run['trainer']} on {run['dataset']}, {run['subsample_classes']} classes, {described(run)}: "
+        f"{'not tested' if accuracy is None else f'accuracy {accuracy:.2f} %'} "
         f"({results['images']:,} images). Results: {path}"
     )
