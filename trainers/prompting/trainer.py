@@ -317,7 +317,6 @@ def load_backbone(cfg: CfgNode, prec: str, device: torch.device) -> tuple[Backbo
     name = cfg.MODEL.BACKBONE.NAME
     print(f"Loading CLIP (backbone: {name})")
     backbone = load_clip(name, quick_gelu=cfg.MODEL.BACKBONE.QUICK_GELU)
-    check_normalisation(cfg, backbone)
     size = backbone.input_resolution
     if tuple(cfg.INPUT.SIZE) != (size, size):
         raise UserError(f"INPUT.SIZE {tuple(cfg.INPUT.SIZE)}: {name} takes images of ({size}, {size}) pixels")
@@ -332,16 +331,6 @@ def load_backbone(cfg: CfgNode, prec: str, device: torch.device) -> tuple[Backbo
     if cfg.TRAIN.COMPILE:
         backbone.visual.compile()
     return backbone.to(device), prec
-
-
-def check_normalisation(cfg: CfgNode, backbone: Backbone) -> None:
-    """Raise UserError where images would be normalised in another way than in the backbone's pre-training."""
-    if "normalize" not in cfg.INPUT.TRANSFORMS:
-        raise UserError("INPUT.TRANSFORMS lacks normalize, which the backbone was trained with: add it")
-    for key, needed in (("PIXEL_MEAN", backbone.pixel_mean), ("PIXEL_STD", backbone.pixel_std)):
-        given = cfg.INPUT[key]
-        if any(abs(a - b) > 1e-3 for a, b in zip(given, needed)):
-            raise UserError(f"INPUT.{key} {tuple(given)}: {backbone.name} needs {needed}")
 
 
 def check_normalisation(cfg: CfgNode, backbone: Backbone) -> None:
