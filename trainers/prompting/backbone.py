@@ -116,19 +116,19 @@ class Backbone(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the encoders' weights: float32, or float16 after :meth:`half_weights`."""
+        """Precision of the encoders' weights: float32 unless :meth:`cast_weights` changed it."""
         return self.blocks[0].mlp.c_fc.weight.dtype
 
-    def half_weights(self) -> Backbone:
+    def cast_weights(self, dtype: torch.dtype) -> Backbone:
         """Cast the same weights as OpenAI: convolutions, linear layers, attention, projections; norms stay float32."""
         for module in self.modules():
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear, nn.MultiheadAttention)):
                 for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.half()
+                    parameter.data = parameter.data.to(dtype)
         for owner, attribute in ((self, "text_projection"), (self.visual, "proj")):
             parameter = getattr(owner, attribute, None)
             if isinstance(parameter, nn.Parameter):
-                parameter.data = parameter.data.half()
+                parameter.data = parameter.data.to(dtype)
         return self
 
     def fingerprint(self) -> str:

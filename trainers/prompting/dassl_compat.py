@@ -67,9 +67,10 @@ def dassl_errors(cfg: CfgNode) -> Iterator[str]:
         known = ", ".join(EVALUATOR_REGISTRY.registered_names())
         yield violation("TEST.EVALUATOR", cfg.TEST.EVALUATOR, f"no such evaluator; choose one of {known}")
     patch_dassl_warmup()
+    # Nothing here may draw from the global random state (PReLU does not): the run must be the same as CoOp's.
     attempts = (
         ("INPUT.TRANSFORMS", lambda: [build_transform(cfg, is_train) for is_train in (True, False)]),
-        ("OPTIM.NAME", lambda: build_lr_scheduler(dassl_build_optimizer(nn.Linear(1, 1), cfg.OPTIM), cfg.OPTIM)),
+        ("OPTIM.NAME", lambda: build_lr_scheduler(dassl_build_optimizer(nn.PReLU(), cfg.OPTIM), cfg.OPTIM)),
     )
     for key, attempt in attempts:
         try:

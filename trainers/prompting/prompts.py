@@ -52,7 +52,9 @@ class PromptLearner(nn.Module):
             raise UserError(f"CLASS_TOKEN_POSITION {class_token_position}: choose one of {', '.join(POSITIONS)}")
         if n_ctx < 1:
             raise UserError(f"N_CTX {n_ctx}: at least one context vector is needed")
-        dtype, width = backbone.dtype, backbone.token_embedding.weight.shape[1]
+        width = backbone.token_embedding.weight.shape[1]
+        # CoOp learns in half precision where the encoders compute in it; bfloat16 has too few digits for that.
+        dtype = torch.float32 if backbone.dtype == torch.bfloat16 else backbone.dtype
         words: Optional[torch.Tensor] = None
         if ctx_init:
             tokens = encode_tokens(backbone, [clean_name(ctx_init)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -71,8 +72,7 @@ class PromptTrainer(TrainerX):
     def build_model(self) -> None:
         cfg = self.cfg
         self.backbone, prec = load_backbone(cfg, self.method_class.precision(cfg), self.device)
-        low = {"amp": torch.float16, "bf16": torch.bfloat16}.get(prec)
-        self.autocast = nullcontext() if low is None else torch.autocast(self.device.type, low)
+        self.autocast = torch.autocast(self.device.type, torch.float16) if prec == "amp" else nullcontext()
         self.scaler = grad_scaler() if prec in self.method_class.scaled_precisions else None
         self.model = self.method_class(cfg, self.classnames, self.backbone).to(self.device)
         self.source = ImageSource(cfg, self.backbone, self.device, f"{prec}{', compiled' * cfg.TRAIN.COMPILE}")
@@ -323,14 +323,24 @@ def load_backbone(cfg: CfgNode, prec: str, device: torch.device) -> tuple[Backbo
     check_normalisation(cfg, backbone)
     if prec == "clip":
         prec = "fp16" if device.type == "cuda" else "fp32"
-    if device.type == "cpu" and prec in ("fp16", "amp"):
-        print(f"PREC {prec} needs a GPU: computing in float32 on the CPU")
+    if device.type == "cpu" and (prec in ("fp16", "amp") or (prec == "bf16" and not cpu_has_bfloat16())):
+        needed = "a CPU with bfloat16 instructions" if prec == "bf16" else "a GPU"
+        print(f"PREC {prec} needs {needed}: computing in float32 on the CPU")
         prec = "fp32"
-    if prec == "fp16":
-        backbone.half_weights()
+    if prec in ("fp16", "bf16"):
+        backbone.cast_weights(torch.float16 if prec == "fp16" else torch.bfloat16)
     if cfg.TRAIN.COMPILE:
         backbone.visual.compile()
     return backbone.to(device), prec
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 instructions; without them bfloat16 is slower than float32."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", file.read()) is not None
+    except OSError:
+        return False
 
 
 def check_normalisation(cfg: CfgNode, backbone: Backbone) -> None:
