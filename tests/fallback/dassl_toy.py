@@ -1,6 +1,7 @@
 """A data set of a few generated images and a linear model, for the tests of the training loop."""
 
 import os
+from itertools import product
 
 import numpy as np
 import torch
@@ -12,8 +13,7 @@ from dassl.optim import build_lr_scheduler, build_optimizer
 from PIL import Image
 from torch.nn import functional as F
 
-SIDE = 8
-CLASSES = ("red", "green", "blue")
+SIDE, CLASSES = 8, ("red", "green", "blue")
 COUNTS = {"train": 4, "val": 2, "test": 3}  # images of each class
 
 
@@ -22,11 +22,10 @@ def write_images(root):
     rng = np.random.default_rng(0)
     for split, count in COUNTS.items():
         os.makedirs(os.path.join(root, split))
-        for label in range(len(CLASSES)):
-            for number in range(count):
-                pixels = rng.integers(0, 150, (SIDE, SIDE, 3), dtype=np.uint8)
-                pixels[..., label] += 60
-                Image.fromarray(pixels).save(os.path.join(root, split, f"{label}_{number}.png"))
+        for label, number in product(range(len(CLASSES)), range(count)):
+            pixels = rng.integers(0, 150, (SIDE, SIDE, 3), dtype=np.uint8)
+            pixels[..., label] += 60
+            Image.fromarray(pixels).save(os.path.join(root, split, f"{label}_{number}.png"))
 
 
 def read_split(root, split):
@@ -52,8 +51,7 @@ class ToyTrainer(TrainerX):
     def build_model(self):
         self.lrs = []
         self.model = torch.nn.Linear(3 * SIDE * SIDE, self.num_classes).to(self.device)
-        torch.nn.init.zeros_(self.model.weight)
-        torch.nn.init.zeros_(self.model.bias)
+        self.model.load_state_dict({key: torch.zeros_like(value) for key, value in self.model.state_dict().items()})
         self.optim = build_optimizer(self.model, self.cfg.OPTIM)
         self.sched = build_lr_scheduler(self.optim, self.cfg.OPTIM)
         self.register_model("linear", self.model, self.optim, self.sched)

@@ -1,24 +1,26 @@
-import os
 import random
-from types import SimpleNamespace
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms as T
+from dassl.config import get_cfg_default
 from dassl.data import DataManager, DatasetWrapper
 from dassl.data.data_manager import build_data_loader
 from dassl.data.datasets import DatasetBase, Datum
 from dassl.data.samplers import build_sampler
+from dassl.data.transforms import AVAI_CHOICES, build_transform
 from dassl_toy import COUNTS, read_split, toy_cfg
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 
 def items(labels):
-    return [SimpleNamespace(label=label, classname=f"c{label}", number=n) for n, label in enumerate(labels)]
+    return [Datum(f"{number}.jpg", label, 0, f"c{label}") for number, label in enumerate(labels)]
 
 
-def test_dataset_properties():
+def test_datum_and_dataset():
     train, val = items([3, 0, 3, 1]), items([0])
     dataset = DatasetBase(train_x=train, val=val, test=train[:2])
     assert (dataset.train_x, dataset.train_u, dataset.val, dataset.test) == (train, None, val, train[:2])
@@ -26,41 +28,29 @@ def test_dataset_properties():
     assert dataset.lab2cname == {0: "c0", 1: "c1", 3: "c3"} and dataset.classnames == ["c0", "c1", "c3"]
     with pytest.raises(ValueError, match="train_x"):
         DatasetBase(train_x=[], test=train)
-
-
-def test_datum_is_read_only_and_does_not_check_its_file(monkeypatch):
-    def fail(*args):
-        raise AssertionError("the file was checked")
-
-    monkeypatch.setattr("os.stat", fail)
-    datum = Datum("/nowhere/x.jpg", 3, 1, "cat")
+    datum = Datum("/nowhere/x.jpg", 3, 1, "cat")  # the file is not checked
     assert (datum.impath, datum.label, datum.domain, datum.classname) == ("/nowhere/x.jpg", 3, 1, "cat")
     with pytest.raises(AttributeError):
         datum.label = 4
 
 
-def naive_fewshot(labels, shots, repeat):
-    drawn = []
-    for label in dict.fromkeys(labels):
-        members = [n for n, own in enumerate(labels) if own == label]
-        if len(members) >= shots:
-            drawn += random.sample(members, shots)
-        else:
-            drawn += random.choices(members, k=shots) if repeat else members
-    return drawn
-
-
 @pytest.mark.parametrize("shots,repeat", [(1, False), (3, False), (3, True), (4, True), (9, True)])
 def test_fewshot_draws(shots, repeat, capsys):
     data = items([2, 0, 0, 2, 1, 2, 0, 2, 0, 2])
-    dataset = DatasetBase(train_x=data)
     random.seed(7)
-    expected = [naive_fewshot([item.label for item in part], shots, repeat) for part in (data, data[:5])]
+    expected = [[], []]
+    for drawn, part in zip(expected, (data, data[:5])):
+        for label in (2, 0, 1):  # in order of first appearance
+            members = [item for item in part if item.label == label]
+            if len(members) >= shots:
+                drawn += random.sample(members, shots)
+            else:
+                drawn += random.choices(members, k=shots) if repeat else members
     after = random.random()
     random.seed(7)
-    drawn = dataset.generate_fewshot_dataset(data, data[:5], num_shots=shots, repeat=repeat)
-    assert [[item.number for item in part] for part in drawn] == expected and random.random() == after
-    assert capsys.readouterr().out == f"Creating a {shots}-shot dataset\n"
+    dataset = DatasetBase(train_x=data)
+    assert dataset.generate_fewshot_dataset(data, data[:5], num_shots=shots, repeat=repeat) == expected
+    assert random.random() == after and capsys.readouterr().out == f"Creating a {shots}-shot dataset\n"
     assert dataset.generate_fewshot_dataset(data) is data
 
 
@@ -81,15 +71,13 @@ def test_samplers():
                 left = [other for other in left if chunks[other]]
         return epoch
 
-    def fix_seeds():
-        random.seed(1)
-        np.random.seed(1)
-
-    fix_seeds()
+    random.seed(1)
+    np.random.seed(1)
+    expected = [naive_epoch() for _ in range(3)]
+    random.seed(1)
+    np.random.seed(1)
     sampler = build_sampler("RandomClassSampler", None, data, batch_size=6, n_ins=3)
-    result = len(sampler), list(sampler), list(sampler)
-    fix_seeds()
-    assert result == (len(naive_epoch()), naive_epoch(), naive_epoch())
+    assert len(sampler) == len(expected[0]) and [list(sampler), list(sampler)] == expected[1:]
     with pytest.raises(ValueError, match="N_INS"):
         build_sampler("RandomClassSampler", None, data, batch_size=2, n_ins=3)
 
@@ -104,10 +92,9 @@ def test_samplers():
 def test_train_loader_drops_an_incomplete_batch_unless_it_is_the_only_one(tmp_path, size, batches):
     cfg = toy_cfg(tmp_path)
     data = (read_split(cfg.DATASET.ROOT, "train") * 2)[:size]
-    loader = build_data_loader(cfg, data_source=data, batch_size=5, tfm=pil_to_tensor, is_train=True)
-    assert [len(batch["label"]) for batch in loader] == batches
-    loader = build_data_loader(cfg, data_source=data, batch_size=5, tfm=pil_to_tensor, is_train=False)
-    assert sum(len(batch["label"]) for batch in loader) == size
+    for is_train, total in ((True, sum(batches)), (False, size)):
+        loader = build_data_loader(cfg, data_source=data, batch_size=5, tfm=pil_to_tensor, is_train=is_train)
+        assert sum(len(batch["label"]) for batch in loader) == total
 
 
 def test_loader_without_a_batch_is_refused(tmp_path):
@@ -115,8 +102,8 @@ def test_loader_without_a_batch_is_refused(tmp_path):
     data = read_split(cfg.DATASET.ROOT, "train")[:7]  # labels 0, 0, 0, 0, 1, 1, 1
     with pytest.raises(ValueError, match="^the 7 images of the train_x split make no batch of 9 with RandomClassSamp"):
         build_data_loader(cfg, "RandomClassSampler", data, batch_size=9, n_ins=3, split="train_x")
-    for name in os.listdir(tmp_path / "images" / "test"):
-        os.remove(tmp_path / "images" / "test" / name)
+    for path in (tmp_path / "images" / "test").iterdir():
+        path.unlink()
     with pytest.raises(ValueError, match="^the 0 images of the test split"):
         DataManager(cfg)
 
@@ -130,8 +117,7 @@ def test_data_manager(tmp_path, capsys):
     assert [len(manager.train_loader_x), len(manager.val_loader), len(manager.test_loader)] == [2, 2, 3]
     batches = list(manager.test_loader)
     assert torch.cat([batch["label"] for batch in batches]).tolist() == sorted([0, 1, 2] * COUNTS["test"])
-    assert batches[0]["img"].shape == (4, 3, 8, 8) and batches[-1]["img"].shape == (1, 3, 8, 8)
-
+    assert batches[-1]["img"].shape == (1, 3, 8, 8)
     assert DataManager(toy_cfg(tmp_path, "DATASET.VAL_PERCENT", 0.0)).val_loader is None
 
 
@@ -152,11 +138,10 @@ def test_custom_transforms_and_wrapper(tmp_path, capsys):
             return {**super().__getitem__(idx), "train": self.is_train}
 
     manager = DataManager(toy_cfg(tmp_path), pil_to_tensor, lambda image: -1, Marked)
-    out = capsys.readouterr().out
-    assert "* Using custom transform for training\n* Using custom transform for testing\n" in out
+    assert "* Using custom transform for training\n* Using custom transform for testing\n" in capsys.readouterr().out
     train, test = next(iter(manager.train_loader_x)), next(iter(manager.test_loader))
-    assert train["img"].dtype == torch.uint8 and train["train"].all()
-    assert test["img"].tolist() == [-1] * 4 and not test["train"].any()
+    assert train["img"].dtype == torch.uint8 and train["train"].all() and not test["train"].any()
+    assert test["img"].tolist() == [-1] * 4
 
 
 def test_wrapper_items(tmp_path):
@@ -170,3 +155,93 @@ def test_wrapper_items(tmp_path):
     for option in (("DATALOADER.K_TRANSFORMS", 2), ("DATALOADER.RETURN_IMG0", True)):
         with pytest.raises(ValueError, match="need Dassl"):
             DatasetWrapper(toy_cfg(tmp_path, *option), data, pil_to_tensor, is_train=True)
+
+
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+SIZE, BICUBIC = (24, 32), T.InterpolationMode.BICUBIC
+NORMALIZE = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+def config(*choices):
+    cfg = get_cfg_default()
+    cfg.INPUT.SIZE, cfg.INPUT.INTERPOLATION, cfg.INPUT.TRANSFORMS = SIZE, "bicubic", choices
+    return cfg
+
+
+def seeded(function):
+    """Several results of a transform with fixed seeds."""
+    random.seed(2)
+    np.random.seed(2)
+    torch.manual_seed(2)
+    return torch.stack([function(IMAGE) for _ in range(8)])
+
+
+CROP = T.RandomResizedCrop(SIZE, scale=(0.08, 1.0), interpolation=BICUBIC)
+COLOUR = [T.ColorJitter(0.4, 0.4, 0.4, 0.1), T.RandomGrayscale(0.2), T.RandomApply([T.GaussianBlur(21)], p=0.5)]
+BY_HAND = {  # chosen, not in the order of application: transforms of plain torchvision
+    ("normalize", "random_flip", "random_resized_crop"): [CROP, T.RandomHorizontalFlip(), T.ToTensor(), NORMALIZE],
+    ("random_crop",): [T.RandomCrop(SIZE, padding=4), T.ToTensor()],
+    ("gaussian_blur", "randomgrayscale", "colorjitter"): [T.Resize(SIZE, BICUBIC), *COLOUR, T.ToTensor()],
+}
+
+
+@pytest.mark.parametrize("choices", BY_HAND)
+def test_training_transform_equals_torchvision(choices):
+    assert torch.equal(seeded(build_transform(config(*choices))), seeded(T.Compose(BY_HAND[choices])))
+
+
+def test_test_transform_has_no_augmentation():
+    augmented = [choice for choice in AVAI_CHOICES if choice != "normalize"]
+    by_hand = T.Compose([T.Resize(32, BICUBIC), T.CenterCrop(SIZE), T.ToTensor()])
+    assert torch.equal(seeded(build_transform(config(*augmented), is_train=False)), seeded(by_hand))
+    tfm = build_transform(config(*AVAI_CHOICES), is_train=False)
+    assert torch.equal(tfm(IMAGE), NORMALIZE(by_hand(IMAGE)))
+
+
+def test_log_lines(capsys):
+    build_transform(config("random_flip", "random_resized_crop", "normalize"))
+    build_transform(config("normalize"), choices=["cutout"])
+    to_tensor = "+ to torch tensor of range [0, 1]"
+    crop, flip = "+ random resized crop (size=(24, 32), scale=(0.08, 1.0))", "+ random flip"
+    normalize = "+ normalization (mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])"
+    cutout = ["Building transform_train", "+ resize to 24x32", to_tensor, "+ cutout (n_holes=1, length=16)"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["Building transform_train", crop, flip, to_tensor, normalize, *cutout]
+    build_transform(config("cutout"), is_train=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["Building transform_test", "+ resize the smaller edge to 32", "+ 24x32 center crop", to_tensor]
+
+
+def test_no_transform_and_unknown_names(capsys):
+    cfg = config("normalize")
+    cfg.INPUT.NO_TRANSFORM = True
+    assert build_transform(cfg) is None and capsys.readouterr().out == "Note: no transform is applied!\n"
+    with pytest.raises(ValueError, match=r"^\[randaugment\] is not one of"):
+        build_transform(config("randaugment"))
+
+
+def test_cutout_by_hand():
+    cfg = config("cutout")
+    cfg.INPUT.CUTOUT_N, cfg.INPUT.CUTOUT_LEN = 3, 8
+    results = seeded(build_transform(cfg))
+    np.random.seed(2)
+    for result in results:
+        expected = T.ToTensor()(T.Resize(SIZE, BICUBIC)(IMAGE))
+        for _ in range(3):
+            y, x = np.random.randint(24), np.random.randint(32)
+            for row, column in product(range(max(y - 4, 0), min(y + 4, 24)), range(max(x - 4, 0), min(x + 4, 32))):
+                expected[:, row, column] = 0
+        assert torch.equal(result, expected)
+
+
+def test_translation_by_hand():
+    results = seeded(build_transform(config("random_translation")))
+    resized = IMAGE.resize((32, 24), Image.BICUBIC)
+    random.seed(2)
+    for result in results:
+        expected = resized
+        if random.uniform(0, 1) <= 0.5:
+            left, top = round(random.uniform(0, 36 - 32)), round(random.uniform(0, 27 - 24))
+            expected = resized.resize((36, 27), Image.BILINEAR).crop((left, top, left + 32, top + 24))
+        assert torch.equal(result, T.ToTensor()(expected))
+    assert len(results.unique(dim=0)) > 1
