@@ -273,7 +273,7 @@ def test_a_data_root_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     def refuse(path, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("datasets.fewshot.write_text", refuse)  # root may write anywhere, so modes would not do
+    monkeypatch.setattr("datasets.splits.write_text", refuse)  # root may write anywhere, so modes would not do
     assert found(build(tmp_path, tree.name).train_x, tmp_path, tree) == expected
     assert "not kept (Permission denied)" in capsys.readouterr().out
     (tmp_path / tree.folder / tree.split_file).unlink()

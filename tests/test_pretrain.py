@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 
-import pretrain_tiny_clip as pretrain
-from datasets.drawing import KINDS, STYLES
+from toy import pretrain
+from toy.drawing import KINDS, STYLES
 from trainers.prompting.backbone import TINY, load_clip
 from trainers.prompting.errors import UserError
 

@@ -11,8 +11,8 @@ from PIL import Image
 from yacs.config import CfgNode as CN
 
 from datasets import shapes
-from datasets.drawing import COLOURS, KINDS, STYLES, draw
-from pretrain_tiny_clip import PRETRAINING_STYLES
+from toy.drawing import COLOURS, KINDS, STYLES, draw
+from toy.pretrain import PRETRAINING_STYLES
 from trainers.prompting.errors import UserError
 
 COUNTS = {"train": 3, "val": 1, "test": 2}

@@ -24,7 +24,7 @@ import fallback  # isort: skip  # noqa: F401 (makes `import dassl` work)
 from dataset_check import check, dataset_class
 from dataset_fetch import fetch, is_there, missing_parts
 from dataset_sources import SOURCES, Source
-from datasets.drawing import KINDS
+from toy.drawing import KINDS
 from datasets.shapes import COUNTS, draw_dataset
 from trainers.prompting.errors import UserError
 

@@ -34,7 +34,7 @@ OPENAI_NAMES = {
     "ViT-L/14@336px": "ViT-L-14-336",
 }
 CACHE = os.path.join("~", ".cache", "clip")  # where both packages keep OpenAI's files
-TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_clip.pt")  # by tools/pretrain_tiny_clip.py
+TINY = os.path.join(os.path.abspath(__file__).rsplit(os.sep, 3)[0], "toy", "tiny_clip.pt")  # written by toy/pretrain.py
 BOOKKEEPING = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # in OpenAI's archives, not weights
 
 
@@ -180,9 +180,11 @@ def check_name(name: str) -> None:
         raise UserError(
             f"MODEL.BACKBONE.NAME is empty: give one of {', '.join(OPENAI_NAMES)}, tiny, a path or arch/tag"
         )
-    path = os.path.expanduser(name)
-    if name == "tiny" or name in OPENAI_NAMES or os.path.isfile(path):
+    path = TINY if name == "tiny" else os.path.expanduser(name)
+    if name in OPENAI_NAMES or os.path.isfile(path):
         return
+    if name == "tiny":
+        raise UserError(f"MODEL.BACKBONE.NAME tiny: its weights, {path}, do not exist; copy them from LoGoPrompt's toy/")
     if path.endswith((".pt", ".pth", ".bin", ".safetensors")) or os.path.isabs(path) or os.path.isdir(path):
         raise UserError(f"MODEL.BACKBONE.NAME {name}: no such file")
     arch, _, tag = name.partition("/")
