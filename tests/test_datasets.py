@@ -22,6 +22,10 @@ from trainers.prompting.errors import UserError
 SEED, SHOTS = 2, 2
 
 
+def name_of(make):
+    return getattr(make, "__name__", None)
+
+
 def config(root, name, shots=SHOTS, subset="all", seed=SEED, *opts):
     from dassl.config import get_cfg_default
 
