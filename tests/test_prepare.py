@@ -111,22 +111,30 @@ def served(internet, tmp_path):
     return offer
 
 
-def tar(folder, names, under="", mode="w:gz"):
+def tar(members, mode="w:gz"):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode=mode) as archive:
-        for name in names:
-            archive.add(folder / name, f"{under}{name}")
+        for name, path in members.items():
+            archive.add(path, name)
     return buffer.getvalue()
 
 
-def zipped(folder, names, extra=()):
+def zipped(members):
+    """Of names and paths of files and folders, or contents."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        for path in sorted(path for name in names for path in [folder / name, *(folder / name).rglob("*")]):
-            archive.write(path, str(path.relative_to(folder)))
-        for name, content in extra:
-            archive.writestr(name, content)
+        for name, content in members.items():
+            if isinstance(content, bytes):
+                archive.writestr(name, content)
+                continue
+            for path in sorted({content, *content.rglob("*")}):
+                archive.write(path, os.path.normpath(name / path.relative_to(content)))
     return buffer.getvalue()
+
+
+UNDER = {"dtd-r1.0.1.tar.gz": "dtd/", "food-101.tar.gz": "food-101/"}
+UNDER["fgvc-aircraft-2013b.tar.gz"] = "fgvc-aircraft-2013b/data/"
+NOT_COMPRESSED = ("imagenetv2-matched-frequency.tar.gz", "imagenet-a.tar", "imagenet-r.tar")  # the first on the Hub
 
 
 def archives(make, root):
@@ -135,34 +143,20 @@ def archives(make, root):
     folder = root / tree.folder
     cls, cfg = dataset_check.dataset_class(tree.config, str(root))
     tree.split = cls.survey(cfg)[1]  # takes the place of CoOp's file
-    inner = lambda: ("caltech-101/101_ObjectCategories.tar.gz", tar(folder, ["101_ObjectCategories"]))  # noqa: E731
-    own = {
-        "caltech101": lambda: {"caltech-101.zip": zipped(folder, (), [inner(), ("__MACOSX/._caltech-101", b"")])},
-        "oxford_pets": lambda: {f"{name}.tar.gz": tar(folder, [name]) for name in ("images", "annotations")},
-        "oxford_flowers": lambda: {
-            "102flowers.tgz": tar(folder, ["jpg"]),
-            **{name: (folder / name).read_bytes() for name in ("imagelabels.mat", "cat_to_name.json")},
-        },
-        "food101": lambda: {"food-101.tar.gz": tar(root, ["food-101"])},
-        "fgvc_aircraft": lambda: {
-            "fgvc-aircraft-2013b.tar.gz": tar(folder, os.listdir(folder), "fgvc-aircraft-2013b/data/")
-        },
-        "sun397": lambda: {"SUN397.tar.gz": tar(folder, ["SUN397"]), "Partitions.zip": zipped(folder, tree.raw)},
-        "dtd": lambda: {"dtd-r1.0.1.tar.gz": tar(root, ["dtd"])},
-        "eurosat": lambda: {"EuroSAT.zip": zipped(folder, ["2750"])},
-        "ucf101": lambda: {"UCF-101-midframes.zip": zipped(folder, ["UCF-101-midframes"])},
-        "stanford_cars": dict,
-        "imagenet": dict,
-        # not compressed in spite of its name, as on the Hub
-        "imagenetv2": lambda: {"imagenetv2-matched-frequency.tar.gz": tar(folder, [tree.images], mode="w")},
-        "imagenet_sketch": lambda: {
-            "ImageNet-Sketch.zip": zipped(shutil.copytree(folder / "images", root / "x" / "sketch").parent, ["sketch"])
-        },
-        "imagenet_a": lambda: {"imagenet-a.tar": tar(folder, ["imagenet-a"], mode="w")},
-        "imagenet_r": lambda: {"imagenet-r.tar": tar(folder, ["imagenet-r"], mode="w")},
-    }[tree.config]()
-    names = (folder / "classnames.txt").read_bytes() if "classnames.txt" in tree.raw else b""
-    return tree, {tree.split_file: json.dumps(tree.split).encode(), "classnames.txt": names, **own}
+    contents = {tree.split_file: json.dumps(tree.split).encode()}
+    for download in SOURCES[tree.config].downloads:
+        name, theirs = download.file, {ours: name for name, ours in download.renamed.items()}
+        members = {UNDER.get(name, "") + theirs.get(part, part): folder / part for part in download.parts}
+        if name == "caltech-101.zip":
+            inner = {"caltech-101/101_ObjectCategories.tar.gz": tar(members), "__MACOSX/._caltech-101": b""}
+            contents[name] = zipped(inner)
+        elif name.endswith(".zip"):
+            contents[name] = zipped(members)
+        elif name.endswith(dataset_fetch.ARCHIVES):
+            contents[name] = tar(members, "w" if name in NOT_COMPRESSED else "w:gz")
+        elif name != tree.split_file:
+            contents[name] = (folder / name).read_bytes()
+    return tree, contents
 
 
 def run(*words):
@@ -323,7 +317,7 @@ def test_files_without_a_checksum_are_parsed_and_counted(make, file, contents, s
 
 def test_an_archive_in_another_layout_is_refused(served, tmp_path):
     trees.image(tmp_path / "there/pictures/banded/1.jpg")
-    served(trees.dtd, **{"dtd-r1.0.1.tar.gz": tar(tmp_path / "there", ["pictures"])})
+    served(trees.dtd, **{"dtd-r1.0.1.tar.gz": tar({"pictures": tmp_path / "there/pictures"})})
     assert "no images in it, but pictures" in fails("dtd", "--root", tmp_path / "data")
 
 
@@ -427,10 +421,8 @@ EVIL = {
     "tar absolute link": evil_tar("images", type=tarfile.SYMTYPE, linkname="/tmp"),
     "tar hard link": evil_tar("images", type=tarfile.LNKTYPE, linkname="../../secret"),
     "tar device": evil_tar("images/null", type=tarfile.CHRTYPE),
-    **{f"zip {name}": zipped(Path(), (), [(name, b"evil")]) for name in ("../owned.txt", "images/../../owned.txt")},
-    **{
-        f"zip {name}": zipped(Path(), (), [(name, b"evil")]) for name in ("/tmp/owned.txt", "..\\owned.txt", "C:/owned")
-    },
+    **{f"zip {name}": zipped({name: b"evil"}) for name in ("../owned.txt", "images/../../owned.txt")},
+    **{f"zip {name}": zipped({name: b"evil"}) for name in ("/tmp/owned.txt", "..\\owned.txt", "C:/owned")},
 }
 
 
@@ -612,9 +604,3 @@ def test_check_of_drawings_and_of_the_user_s_folder(monkeypatch, tmp_path):
     (tmp_path / "photos/cat/2.jpg").write_bytes(trees.JPEG[:-50])
     status, out, _ = run("folder", "--root", tmp_path / "photos", "--check")
     assert status == 1 and f"{tmp_path}/photos/cat/2.jpg: " in out
-
-
-def test_check_of_the_real_caltech101(real_data):
-    status, out, err = run("caltech101", "--root", real_data, "--check", "--workers", 2)
-    assert (status, err) == (0, "")
-    assert out == "caltech101      8,242 images    100 classes  complete\n"
