@@ -27,8 +27,8 @@ import report_examples
 import report_tables
 import train
 from trainers.predictor import AHEAD, Predictor, find_images, survey
-from trainers.prompting.errors import UserError
 from trainers.prompting.data import read_image
+from trainers.prompting.errors import UserError
 from trainers.prompting.synthetic import fixed_places
 from trainers.prompting.trainer import PromptTrainer
 

@@ -31,8 +31,8 @@ from datasets.splits import read_split
 from trainers.prompting import images as reading
 from trainers.prompting.backbone import load_clip
 from trainers.prompting.checkpoints import read_checkpoint
-from trainers.prompting.errors import UserError
 from trainers.prompting.data import decoded_size, read_image
+from trainers.prompting.errors import UserError
 from trainers.prompting.inert import load_inert, load_plain, load_script, load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -17,8 +17,8 @@ from yacs.config import CfgNode
 import datasets
 from dataset_fetch import Source
 from datasets.splits import check_labels
-from trainers.prompting.errors import UserError
 from trainers.prompting.data import read_image
+from trainers.prompting.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "datasets"
 
