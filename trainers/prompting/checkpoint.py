@@ -48,8 +48,8 @@ def write_checkpoint(path: str, checkpoint: dict[str, Any]) -> None:
 def read_checkpoint(path: str) -> dict[str, Any]:
     """A checkpoint, on the CPU, without executing anything in it. Raises UserError for any other file.
 
-    Checkpoints of the original CoOp and CoCoOp hold no class names. A shared context serves any classes;
-    class-specific contexts are taken to belong to the current classes, in their order.
+    Those of the original CoOp and CoCoOp hold no class names: class-specific contexts then belong to the current classes,
+    in their order.
     """
     try:
         checkpoint = load_tensors(path)
