@@ -184,7 +184,7 @@ def check_name(name: str) -> None:
     if name in OPENAI_NAMES or os.path.isfile(path):
         return
     if name == "tiny":
-        raise UserError(f"MODEL.BACKBONE.NAME tiny: its weights, {path}, do not exist; copy them from LoGoPrompt's toy/")
+        raise UserError(f"MODEL.BACKBONE.NAME tiny: no such file, {path}; copy it from LoGoPrompt's toy/")
     if path.endswith((".pt", ".pth", ".bin", ".safetensors")) or os.path.isabs(path) or os.path.isdir(path):
         raise UserError(f"MODEL.BACKBONE.NAME {name}: no such file")
     arch, _, tag = name.partition("/")
