@@ -137,9 +137,8 @@ def predict(folder: str, n: int) -> list[Picture]:
     cfg = run_config(folder)
     classnames, items = survey(cfg)
     test = pd.DataFrame(items, columns=["path", "label"])
-    test = test.assign(turn=test.groupby("label").cumcount()).sort_values(["turn", "label"], kind="stable")
-    step = max(1, len(classnames) // (IMAGES_TRIED * n))  # few images of many classes: not the first classes alone
-    test = pd.concat([test[(test.turn == 0) & (test.label % step == 0)], test[test.turn > 0]]).head(IMAGES_TRIED * n)
+    test["turn"] = test.groupby("label").cumcount()  # one image of every class, then a second one
+    test = test.sample(frac=1, random_state=0).sort_values("turn", kind="stable").head(IMAGES_TRIED * n)
     truth = {path: classnames[label] for path, label in zip(test.path, test.label)}
     missing = next((path for path in truth if not os.path.isfile(path)), None)
     if missing:  # before weights are read

@@ -138,7 +138,7 @@ def kind_and_scope(folder: Path, subset: str) -> tuple[str, str]:
     """Setting of a run, from its subset of classes and the innermost folder named by our scripts; else few-shot."""
     if subset != "all":
         return "base2new", ""
-    named = r"/(ablation|few_shot|domain_generalization(?=/from_)|cross_dataset(?=/from_))/(?:from_)?([^/]+)"
+    named = r"/(ablation|few_shot|domain_generalization(?=/from_)|cross_dataset(?=/from_))(?=/(?:from_)?([^/]+))"
     kind, scope = (re.findall(named, folder.as_posix()) or [("few_shot", "")])[-1]
     return kind, "" if kind == "few_shot" else scope
 
@@ -152,8 +152,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if len(text) < 20_000:  # a config takes 3,000; libyaml crashes on deeply nested text
         loader = getattr(yaml, "CSafeLoader", loader)
     settings = yaml.load(text, Loader=loader)
-    if not isinstance(settings, dict):
-        raise ValueError("config.yaml is not a mapping")
+    if not settings or not isinstance(settings, dict):
+        raise ValueError("config.yaml holds no keys")
     return pd.json_normalize(settings, sep=".").iloc[0].to_dict()
 
 
@@ -199,11 +199,9 @@ def read_runs(roots: Sequence[Path], seeds: Sequence[int]) -> tuple[pd.DataFrame
         try:
             settings[str(folder)] = read_settings(folder)
             run = read_run(folder, settings[str(folder)])
-        except KeyError as error:
-            gaps.append(f"damaged: {shown(folder / NAME)} has no {error}")
-            continue
-        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-            gaps.append(f"damaged: {shown(folder / NAME)}: {' '.join(str(error).split())}")
+        except (OSError, KeyError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+            why = f" has no {error}" if isinstance(error, KeyError) else f": {' '.join(str(error).split())}"
+            gaps.append(f"damaged: {shown(folder / NAME)}{why}")
             continue
         if run is None:
             notes.append(f"left out: {shown(folder)} has no accuracy on test images")
@@ -308,8 +306,8 @@ def setting_table(runs: pd.DataFrame, scope: str, shots: int, report: Report) ->
         untrained = ~values.index.get_level_values("row").map(info.learned).to_numpy(bool)
         values[untrained] = values[untrained].ffill(axis=1).bfill(axis=1)
 
-    # LoGoPrompt last, before it the paper's methods in its order, then others; data sets in the paper's order, after
-    # the source of a transfer, whose runs are in the folder of its name.
+    # Methods in the paper's order, then others, then LoGoPrompt; the source of a transfer, whose runs are in the folder
+    # of its name, before other data sets.
     known = {name: i for i, name in enumerate([*PAPER_METHODS, *PAPER_DATASETS])}
     rows = sorted(info.index, key=lambda r: (r.startswith("LoGoPrompt"), known.get(info.method[r], len(known)), r))
     source = set(runs.dataset[runs.folder.str.contains(f"/from_{scope}/{scope}/", regex=False)] if scope else ())
@@ -374,10 +372,11 @@ def missing_runs(
     messages: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for (section, row, seed), present in full.notna().iterrows():
         if seed in seeds and not present.all():
-            what = ", " + " and ".join(present.index[~present]) if len(present) > 1 else ""
+            what = ", " + " and ".join(present.index[~present]) if present.any() else ""
             messages[section, row, what].append(str(seed))
     return [
-        f"missing: {title}: {row} on {section}{what}" + f" with seed {', '.join(of)}" * bool(learned[row])
+        f"missing: {title.split(': ')[-1]}: {row} on {section}{what}"
+        + f" with seed {', '.join(of)}" * bool(learned[row])
         for (section, row, what), of in messages.items()
     ]
 

@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 
+import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,7 +33,7 @@ def figures(tables: Sequence[Table]) -> list[tuple[str, Figure]]:
 
 
 def draw_table(table: Table, looks: dict[str, tuple[str, str]]) -> Figure:
-    """Means with their deviations and, hollow, the paper's numbers: curves over shots if there are several, else dots."""
+    """Means with deviations and, hollow, the paper's numbers: curves over shots if there are several, else dots."""
     cells, curves = table.cells, table.kind == "few_shot" and table.cells.column.nunique() > 1
     panel, label, series = "column", "section", "row"  # what panels, positions and colours stand for
     if curves:
@@ -46,7 +47,7 @@ def draw_table(table: Table, looks: dict[str, tuple[str, str]]) -> Figure:
     n_labels = max(part[label].nunique() for part in panels.values())
     width, height = (3.3, 2.6) if curves else (3.7, 0.9 + n_labels * max(0.28, 0.1 * len(names) + 0.1))
     figure = Figure(figsize=(width * columns, height * lines + 0.7), layout="constrained")
-    axes = list(figure.subplots(lines, columns, squeeze=False, sharex=not curves).flat)
+    axes = list(figure.subplots(lines, columns, squeeze=False, sharex=not curves, sharey=panel == "column").flat)
     for ax, (title, part) in zip(axes, panels.items()):
         labels = list(part[label].unique())
         for i, name in enumerate(names):
