@@ -20,7 +20,7 @@ import datasets
 from dataset_sources import Source
 from datasets.splits import check_labels
 from trainers.prompting.errors import UserError
-from trainers.prompting.images import FORMATS
+from trainers.prompting.data import FORMATS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "datasets"
 CHUNK = 32  # images that a thread takes at a time

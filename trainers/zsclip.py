@@ -1,4 +1,4 @@
-"""Zero-shot CLIP with hand-made prompts (Eq. 1; templates of CoOp), one of them or an ensemble."""
+"""Zero-shot CLIP with hand-made prompts (Eq. 1), one template or CoOp's ensemble."""
 
 from __future__ import annotations
 
@@ -6,60 +6,50 @@ import torch
 import torch.nn.functional as F
 from dassl.engine import TRAINER_REGISTRY
 
-from .prompting.features import ImageBatch
+from .prompting.image_batch import ImageBatch
+from .prompting.method import Method
 from .prompting.names import clean_name
-from .prompting.text import encode_texts
+from .prompting.templates import SELECTED_TEMPLATES, template_of
+from .prompting.text_encoder import encode_texts
 from .prompting.trainer import PromptTrainer
 
-DEFAULT_TEMPLATE = "a photo of a {}."
-CUSTOM_TEMPLATES = {
-    "OxfordPets": "a photo of a {}, a type of pet.",
-    "OxfordFlowers": "a photo of a {}, a type of flower.",
-    "FGVCAircraft": "a photo of a {}, a type of aircraft.",
-    "DescribableTextures": "{} texture.",
-    "EuroSAT": "a centered satellite photo of {}.",
-    "Food101": "a photo of {}, a type of food.",
-    "UCF101": "a photo of a person doing {}.",
-}
 
-# The seven of CLIP's 80 ImageNet templates that its authors found to do nearly as well together as all of them.
-SELECTED_TEMPLATES = (
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-)
+class ZeroshotMethod(Method):
+    """CLIP as it is: the class of the nearest prompt."""
 
-
-@TRAINER_REGISTRY.register()
-class ZeroshotCLIP(PromptTrainer):
-    """CLIP as it is: the class whose prompt is nearest."""
-
-    def build_model(self) -> None:
-        # CoOp runs it in CLIP's own precision: half on a GPU, float32 elsewhere.
-        self.model = self.load_backbone("fp16" if self.device.type == "cuda" else "fp32")
+    learns = False
 
     def templates(self) -> list[str]:
-        """The sentences that a class name is put into."""
-        return [CUSTOM_TEMPLATES.get(self.cfg.DATASET.NAME, DEFAULT_TEMPLATE)]
+        """The sentences that class names are inserted into."""
+        return [template_of(self.cfg.DATASET.NAME)]
 
     def text_features(self) -> torch.Tensor:
         """(C, E): the mean of a class's features over the templates, of unit length."""
         names = [clean_name(name) for name in self.classnames]
-        features = [encode_texts(self.model, [t.format(name) for name in names]) for t in self.templates()]
+        features = [encode_texts(self.backbone, [t.format(name) for name in names]) for t in self.templates()]
         return F.normalize(torch.stack(features).mean(dim=0), dim=-1)
 
-    def score(self, images: ImageBatch) -> torch.Tensor:
-        return self.backbone.logits(images.features(), self.prompt_text)
+    def score(self, images: ImageBatch, text_features: torch.Tensor) -> torch.Tensor:
+        return self.backbone.logits(images.features(), text_features)
 
 
-@TRAINER_REGISTRY.register()
-class ZeroshotCLIP2(ZeroshotCLIP):
-    """Prompt ensembling: seven templates, and the data set's own one where it is not ImageNet."""
+class EnsembleMethod(ZeroshotMethod):
+    """Prompt ensembling: seven templates, and the data set's own except on ImageNet."""
 
     def templates(self) -> list[str]:
         own = [] if self.cfg.DATASET.NAME == "ImageNet" else super().templates()
         return [*SELECTED_TEMPLATES, *own]
+
+
+@TRAINER_REGISTRY.register()
+class ZeroshotCLIP(PromptTrainer):
+    """One template."""
+
+    method_class = ZeroshotMethod
+
+
+@TRAINER_REGISTRY.register()
+class ZeroshotCLIP2(PromptTrainer):
+    """CoOp's ensemble."""
+
+    method_class = EnsembleMethod

@@ -1,8 +1,7 @@
-"""The parts that prompting methods are made of: plain PyTorch, no Dassl (``trainer.py`` and ``checks.py`` excepted).
+"""The parts that prompting methods are made of. With one method file this folder is all a drop-in needs.
 
-``backbone`` is the one door to CLIP weights, ``text`` makes text features out of prompts, ``synthetic`` makes
-class-conditional images out of class names, ``selection`` holds the min-max loss and the selection rule,
-``results`` writes and reads ``results.json``, ``checkpoints`` does so with checkpoints, ``inert`` reads files of others
-without executing them, ``checks`` says what config values can be, ``runs`` keeps a run folder to one process and ends
-training on a signal, ``trainer`` is what every Dassl trainer of ours shares.
+``method`` is the contract that a method implements and ``trainer`` runs it inside Dassl. ``image_batch`` provides image
+features, ``text_encoder`` and ``prompts`` text features, ``render``, ``paste`` and ``selection`` the arithmetic of
+LoGoPrompt. ``evaluation``, ``checkpoint``, ``feature_store``, ``results`` and ``run_folder`` handle what a run measures
+and writes. Dassl is imported by ``trainer``, ``data`` and ``dassl_compat`` only.
 """

@@ -1,49 +1,43 @@
 """One door to CLIP weights.
 
-``load_clip(name)`` takes ``tiny`` (the small CLIP that comes with the code), an OpenAI name (``RN50``, ``ViT-B/16``,
-…), a path to an OpenAI JIT archive, a path to a state dict in OpenAI's layout (``.pt``, ``.pth``, ``.bin``,
-``.safetensors``; read as trained with QuickGELU, like OpenAI's) or ``arch/pretrained-tag`` of open_clip, and returns a
-:class:`Backbone`. The model classes come from the installed ``clip`` package (OpenAI's, or the one bundled with CoOp)
-when it can be imported, otherwise from ``open_clip``; the features are the same.
+``load_clip(name)`` accepts ``tiny`` (the small CLIP of ``toy/``), an OpenAI name (``RN50``, ``ViT-B/16``, …), a path to
+an OpenAI archive, a path to a state dict in OpenAI's layout (``.pt``, ``.pth``, ``.bin``, ``.safetensors``; read as
+trained with QuickGELU, like OpenAI's) or ``arch/pretrained-tag`` of open_clip, and returns a :class:`Backbone`. The
+model classes come from the installed ``clip`` package (OpenAI's, or the one bundled with CoOp) when it can be imported,
+otherwise from ``open_clip``; the features are the same.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
 import os
 from types import ModuleType
-from typing import Optional, Protocol
+from typing import Any, Optional
 
 import torch
 import torch.nn as nn
 
 from .errors import UserError
-from .inert import is_jit_archive, load_plain, load_script
+from .weights import is_torchscript, load_tensors
 
-# OpenAI's names and what open_clip calls the same architectures.
-OPENAI_NAMES = {
-    "RN50": "RN50",
-    "RN101": "RN101",
-    "RN50x4": "RN50x4",
-    "RN50x16": "RN50x16",
-    "RN50x64": "RN50x64",
-    "ViT-B/32": "ViT-B-32",
-    "ViT-B/16": "ViT-B-16",
-    "ViT-L/14": "ViT-L-14",
-    "ViT-L/14@336px": "ViT-L-14-336",
+# OpenAI's names, open_clip's for the same architectures, and the checksum (SHA-256) of OpenAI's file.
+OPENAI_MODELS = {
+    "RN50": ("RN50", "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762"),
+    "RN101": ("RN101", "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599"),
+    "RN50x4": ("RN50x4", "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd"),
+    "RN50x16": ("RN50x16", "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa"),
+    "RN50x64": ("RN50x64", "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c"),
+    "ViT-B/32": ("ViT-B-32", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
+    "ViT-B/16": ("ViT-B-16", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
+    "ViT-L/14": ("ViT-L-14", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
+    "ViT-L/14@336px": ("ViT-L-14-336", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
 }
-CACHE = os.path.join("~", ".cache", "clip")  # where both packages keep OpenAI's files
-TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_clip.pt")  # by tools/pretrain_tiny_clip.py
-BOOKKEEPING = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # in OpenAI's archives, not weights
-
-
-class Tokenizer(Protocol):
-    """What we need of a byte-pair tokenizer: both packages' ``SimpleTokenizer`` have it."""
-
-    encoder: dict
-
-    def encode(self, text: str) -> list[int]: ...
+CACHE = os.path.join("~", ".cache", "clip")  # OpenAI's files, for both packages
+# The weights of the embedded world; a drop-in does not copy them.
+TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "toy", "tiny_clip.pt")
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # in OpenAI's archives
 
 
 class LayerNorm(nn.LayerNorm):
@@ -56,37 +50,27 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Backbone(nn.Module):
-    """A frozen CLIP: image encoder f, text encoder g and the temperature, whichever package built it.
+    """A frozen CLIP: image encoder f, text encoder g and the temperature, from either package.
 
-    All parameters have ``requires_grad=False`` and the module stays in eval mode for good: ``train()`` does not touch
-    it, so BatchNorm statistics never move.
+    All parameters have ``requires_grad=False`` and the module stays in eval mode: ``train()`` does nothing, so
+    BatchNorm statistics never change.
 
     Attributes:
-        visual: image encoder, (B, 3, H, H) normalised images -> (B, D) features, not yet of unit length.
-        token_embedding, positional_embedding, blocks, ln_final, text_projection: the text encoder, taken apart so that
-            ``text.py`` can run it on embeddings and on fewer than ``context_length`` positions.
+        visual: image encoder, (B, 3, H, H) normalised images -> (B, E) features.
+        token_embedding, positional_embedding, blocks, ln_final, text_projection: the parts of the text
+            encoder, which ``text_encoder.py`` runs on embeddings and on fewer than ``context_length`` positions.
         logit_scale: log(1/tau), a scalar parameter.
         input_resolution: H, in pixels.
-        context_length: longest prompt in tokens, [SOS] and [EOT] included (77 for CLIP).
+        context_length: maximum tokens of a prompt, [SOS] and [EOT] included (77 for CLIP).
         n_head: attention heads of the text encoder.
-        tokenizer: see :class:`Tokenizer`; sot_token, eot_token: ids of [SOS] and [EOT].
+        tokenizer: the package's ``SimpleTokenizer``; sot_token, eot_token: ids of [SOS] and [EOT].
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, name: str) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, name: str) -> None:
         super().__init__()
-        parts = [
-            getattr(model, part, None)
-            for part in (
-                "visual",
-                "transformer",
-                "token_embedding",
-                "positional_embedding",
-                "ln_final",
-                "text_projection",
-            )
-        ]
+        parts = ["visual", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection"]
         plain = (
-            all(part is not None for part in parts)
+            all(getattr(model, part, None) is not None for part in parts)
             and all(isinstance(getattr(block, "attn", None), nn.MultiheadAttention) for block in _blocks(model))
             and getattr(model, "attn_mask", ...) is not None  # open_clip: None where attention is not causal
             and getattr(model, "text_pool_type", "argmax") == "argmax"
@@ -95,7 +79,7 @@ class Backbone(nn.Module):
         if not plain:
             raise UserError(
                 f"MODEL.BACKBONE.NAME {name}: not a CLIP with OpenAI's text transformer; "
-                "choose an OpenAI name or an open_clip architecture of that kind (ViT-B-16, RN50, …)"
+                "choose an OpenAI name or an open_clip architecture with one (ViT-B-16, RN50, …)"
             )
         self.name = name
         self.visual = model.visual
@@ -107,7 +91,7 @@ class Backbone(nn.Module):
         self.text_projection = nn.Parameter(projection.weight.t()) if isinstance(projection, nn.Linear) else projection
         self.logit_scale = model.logit_scale
         self.tokenizer = tokenizer
-        # The two packages spell the special tokens differently; in both they close the vocabulary.
+        # The packages spell the special tokens differently; in both they are the last two of the vocabulary.
         self.sot_token, self.eot_token = len(tokenizer.encoder) - 2, len(tokenizer.encoder) - 1
         resolution = getattr(self.visual, "input_resolution", None) or self.visual.image_size
         self.input_resolution = int(resolution[0] if isinstance(resolution, (tuple, list)) else resolution)
@@ -115,7 +99,7 @@ class Backbone(nn.Module):
         self.n_head = self.blocks[0].attn.num_heads
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
-                module.__class__ = LayerNorm  # the packages' own differ in what they cast, and refuse float64
+                module.__class__ = LayerNorm  # the packages' own cast differently, and refuse float64
         self.visual.to(memory_format=torch.channels_last)  # a quarter less time on a CPU (tiny, float32)
         self.requires_grad_(False)
         self.eval()
@@ -130,7 +114,7 @@ class Backbone(nn.Module):
         return self.blocks[0].mlp.c_fc.weight.dtype
 
     def half_weights(self) -> Backbone:
-        """Cast what OpenAI casts: convolutions, linear layers, attention and projections; norms stay float32."""
+        """Cast the same weights as OpenAI: convolutions, linear layers, attention, projections; norms stay float32."""
         for module in self.modules():
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear, nn.MultiheadAttention)):
                 for parameter in module.parameters(recurse=False):
@@ -142,13 +126,14 @@ class Backbone(nn.Module):
         return self
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, H) normalised images -> (B, D) image features of unit length."""
-        return nn.functional.normalize(self.visual(image.to(self.dtype)), dim=-1)
+        """(B, 3, H, H) normalised images -> (B, E) image features, not of unit length (as CLIP's own method)."""
+        features = self.visual(image.to(self.dtype))
+        return features.float() if features.dtype == torch.bfloat16 else features
 
     def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """cos(f(x), g(p_c)) / tau: features (…, E) and (C, E) of unit length -> (…, C), in float32 at least.
 
-        With text features of each image's own, (B, C, E), the image features are (B, 1, E) and the result (B, 1, C).
+        With text features per image, (B, C, E), the image features are (B, 1, E) and the result (B, 1, C).
         """
         dtype = torch.promote_types(image_features.dtype, torch.float32)
         with torch.autocast(image_features.device.type, enabled=False):
@@ -163,25 +148,27 @@ def load_clip(name: str, provider: str = "auto") -> Backbone:
         provider: ``"clip"``, ``"open_clip"`` or ``"auto"`` (``clip`` when importable, else ``open_clip``).
 
     Raises:
-        UserError: unknown name, missing or unreadable file, another architecture, no network, no package.
+        UserError: unknown name, missing or unreadable file, unsupported architecture, no network, no package.
     """
     check_name(name)
-    path = TINY if name == "tiny" else os.path.expanduser(name)
-    if name in OPENAI_NAMES:
-        return _from_state_dict(_read_state_dict(_openai_file(name), name), name, provider)
+    path = TINY if name == "tiny" else _openai_file(name) if name in OPENAI_MODELS else os.path.expanduser(name)
     if os.path.isfile(path):
         return _from_state_dict(_read_state_dict(path, name), name, provider)
     return _from_open_clip(name)
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that stands for no weights, without loading any. Raises UserError."""
+    """Raise UserError for a name that denotes no weights, without loading any."""
     if not name:
         raise UserError(
-            f"MODEL.BACKBONE.NAME is empty: give one of {', '.join(OPENAI_NAMES)}, tiny, a path or arch/tag"
+            f"MODEL.BACKBONE.NAME is empty: give one of {', '.join(OPENAI_MODELS)}, tiny, a path or arch/tag"
         )
     path = os.path.expanduser(name)
-    if name == "tiny" or name in OPENAI_NAMES or os.path.isfile(path):
+    if name == "tiny" and not os.path.isfile(TINY):
+        raise UserError(
+            "MODEL.BACKBONE.NAME tiny: its weights (toy/tiny_clip.pt) are not here; choose another backbone"
+        )
+    if name == "tiny" or name in OPENAI_MODELS or os.path.isfile(path):
         return
     if path.endswith((".pt", ".pth", ".bin", ".safetensors")) or os.path.isabs(path) or os.path.isdir(path):
         raise UserError(f"MODEL.BACKBONE.NAME {name}: no such file")
@@ -193,7 +180,7 @@ def check_name(name: str) -> None:
     known = open_clip.list_pretrained_tags_by_model(arch) if arch in open_clip.list_models() else None
     if known is None:
         raise UserError(
-            f"MODEL.BACKBONE.NAME {name}: neither tiny, nor one of {', '.join(OPENAI_NAMES)}, nor a file, "
+            f"MODEL.BACKBONE.NAME {name}: neither tiny, nor one of {', '.join(OPENAI_MODELS)}, nor a file, "
             "nor arch/pretrained-tag of open_clip"
         )
     if tag not in known:
@@ -201,25 +188,23 @@ def check_name(name: str) -> None:
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
-    return (
-        getattr(model.transformer, "resblocks", nn.ModuleList()) if hasattr(model, "transformer") else nn.ModuleList()
-    )
+    return getattr(getattr(model, "transformer", None), "resblocks", nn.ModuleList())
 
 
 def import_provider(provider: str = "auto") -> ModuleType:
     """The package that builds the model: ``clip`` (with ``clip.model.build_model``) or ``open_clip``.
 
-    Broken installations count as absent: the copies of ``clip`` on PyPI do not import on today's setuptools, an
-    unrelated package carries the same name, and code bases built on CoOp bundle copies that build other models.
+    An unusable ``clip`` counts as absent: copies on PyPI fail to import on today's setuptools, an unrelated package has
+    the same name, and code bases derived from CoOp bundle copies that build other models.
     """
     if provider in ("auto", "clip"):
         try:
             package = importlib.import_module("clip")
             build = importlib.import_module("clip.model").build_model  # an unrelated `clip` fails here
-            inspect.signature(build).bind({})  # one that another method changed (MaPLe's wants its design) fails here
+            inspect.signature(build).bind({})  # one with another signature (MaPLe) fails here
             importlib.import_module("clip.simple_tokenizer")
             return package
-        except Exception as error:  # noqa: BLE001 (whatever a foreign package raises while it is imported)
+        except Exception as error:  # noqa: BLE001 (anything, from another package)
             if provider == "clip":
                 raise UserError(
                     f"the clip package cannot be used ({_line(error)}): pip install open_clip_torch"
@@ -230,20 +215,20 @@ def import_provider(provider: str = "auto") -> ModuleType:
         raise UserError("neither clip nor open_clip can be imported: pip install open_clip_torch") from error
 
 
-def _tokenizer(package: ModuleType) -> Tokenizer:
+def _tokenizer(package: ModuleType) -> Any:
     module = importlib.import_module("clip.simple_tokenizer" if package.__name__ == "clip" else "open_clip.tokenizer")
     return module.SimpleTokenizer()
 
 
 def _from_state_dict(state_dict: dict[str, torch.Tensor], name: str, provider: str) -> Backbone:
     package = import_provider(provider)
-    state_dict = {key: value.float() for key, value in state_dict.items() if key.split(".")[-1] not in BOOKKEEPING}
+    state_dict = {key: value.float() for key, value in state_dict.items() if key.split(".")[-1] not in NOT_WEIGHTS}
     if package.__name__ == "clip":
         build = importlib.import_module("clip.model").build_model
     else:
         build = importlib.import_module("open_clip.model").build_model_from_openai_state_dict
     try:
-        # Both builders read the architecture off the shapes, then cast to float16; load once more to keep all digits.
+        # Both builders infer the architecture from the shapes and cast to float16; loading again restores all digits.
         model = build(dict(state_dict)).float()
         model.load_state_dict(state_dict)
     except (KeyError, IndexError, AssertionError, ZeroDivisionError, RuntimeError) as error:
@@ -254,30 +239,24 @@ def _from_state_dict(state_dict: dict[str, torch.Tensor], name: str, provider: s
 
 
 def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
-    """Read a JIT archive, a torch file (never executing anything in it) or safetensors."""
+    """Read safetensors, a torch file of tensors, or one of OpenAI's TorchScript archives."""
     try:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
 
             state_dict = load_file(path)
-        elif is_jit_archive(path):
-            state_dict = load_script(path)
+        elif is_torchscript(path):
+            state_dict = _open_published_archive(path)
         else:
-            state_dict = load_plain(path)
-    except Exception as error:  # noqa: BLE001 (zip, pickle, safetensors and torch each have errors of their own)
+            state_dict = load_tensors(path)
+    except Exception as error:  # noqa: BLE001 (zip, pickle, safetensors and torch each raise their own errors)
         raise UserError(f"MODEL.BACKBONE.NAME {name}: cannot be read as CLIP weights ({_line(error)})") from error
     if isinstance(state_dict, dict) and isinstance(state_dict.get("state_dict"), dict):
         state_dict = state_dict["state_dict"]  # training checkpoints wrap it
     if isinstance(state_dict, dict):
         state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    needed = (
-        "visual.conv1.weight",
-        "token_embedding.weight",
-        "positional_embedding",
-        "ln_final.weight",
-        "text_projection",
-    )
-    missing = [key for key in needed if not isinstance(state_dict, dict) or key not in state_dict]
+    needed = "visual.conv1.weight token_embedding.weight positional_embedding ln_final.weight text_projection"
+    missing = [key for key in needed.split() if not isinstance(state_dict, dict) or key not in state_dict]
     if missing:
         raise UserError(
             f"MODEL.BACKBONE.NAME {name}: not a CLIP state dict in OpenAI's layout (no {', '.join(missing)} in it)"
@@ -285,8 +264,21 @@ def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
     return state_dict
 
 
+def _open_published_archive(path: str) -> dict[str, torch.Tensor]:
+    """Weights of an OpenAI archive. It is a program that torch runs, so its checksum must be a published one."""
+    hashed = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            hashed.update(chunk)
+    if hashed.hexdigest() not in {checksum for _, checksum in OPENAI_MODELS.values()}:
+        raise ValueError(
+            "a TorchScript program whose checksum is none of OpenAI's; save its state_dict with torch.save instead"
+        )
+    return torch.jit.load(path, map_location="cpu").state_dict()
+
+
 def _openai_file(name: str) -> str:
-    """Path of OpenAI's file for ``name``; downloaded unless the cache has it whole, by its checksum."""
+    """Path of OpenAI's file for ``name``; downloaded unless it is cached with the right checksum."""
     folder = os.path.expanduser(CACHE)
     package = import_provider()
     urls = getattr(importlib.import_module("clip.clip"), "_MODELS", {}) if package.__name__ == "clip" else {}
@@ -295,7 +287,7 @@ def _openai_file(name: str) -> str:
             return package.clip._download(urls[name], folder)
         from open_clip.pretrained import download_pretrained_from_url, get_pretrained_url
 
-        return download_pretrained_from_url(get_pretrained_url(OPENAI_NAMES[name], "openai"), cache_dir=folder)
+        return download_pretrained_from_url(get_pretrained_url(OPENAI_MODELS[name][0], "openai"), cache_dir=folder)
     except (OSError, RuntimeError, ImportError) as error:
         raise UserError(
             f"MODEL.BACKBONE.NAME {name}: the weights cannot be downloaded ({_line(error)}); "
@@ -314,6 +306,6 @@ def _from_open_clip(name: str) -> Backbone:
 
 
 def _line(error: Optional[BaseException]) -> str:
-    """The gist of a foreign exception on one line."""
+    """An exception of another library on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:160]}"

@@ -1,13 +1,13 @@
-"""The one exception for mistakes of the user: lines that each name the file or key and the remedy."""
+"""The one exception for a user's mistakes."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can put right; with several arguments several things.
+    """A mistake that the user can correct; several arguments are several mistakes.
 
-    ``train.py`` and the tools print its message as one line each on stderr and end with exit status 2, without a
-    traceback.
+    Every argument is one line that names the file or key and the remedy. ``train.py`` and the tools print these lines
+    on stderr and exit with status 2, without a traceback.
     """
 
     def __str__(self) -> str:

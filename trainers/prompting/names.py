@@ -1,4 +1,4 @@
-"""Names as all parts see them: of classes, of images, of config keys."""
+"""Names of classes, images and config keys, as all parts see them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from yacs.config import CfgNode
 
 
 def clean_name(classname: str) -> str:
-    """A class name as it is read and drawn: underscores are spaces (CoOp's convention)."""
+    """A class name as it is encoded and drawn: underscores become spaces (CoOp's convention)."""
     return classname.replace("_", " ")
 
 
 def printable(text: str) -> str:
-    """A text on one line; characters that a terminal would act on are spelled out (``\\n``, ``\\x1b``)."""
+    """A text on one line, with control characters escaped (``\\n``, ``\\x1b``)."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def matching_names(wanted: Sequence[str], known: Sequence[str]) -> list[int]:
-    """For each name wanted its position among the known ones, -1 where there is none; the n-th occurrence of a name
-    matches the n-th occurrence there. Underscores are spaces."""
+    """For each wanted name its position among the known ones, or -1.
+
+    The n-th occurrence of a name matches its n-th occurrence among the known ones. Underscores count as spaces.
+    """
     places: dict[str, list[int]] = {}
     for i, name in enumerate(known):
         places.setdefault(clean_name(name), []).append(i)
@@ -35,7 +37,7 @@ def matching_names(wanted: Sequence[str], known: Sequence[str]) -> list[int]:
 
 
 def relative_path(path: str, root: str) -> str:
-    """An image's path relative to the data root, with forward slashes: the same wherever the data lies."""
+    """An image's path relative to the data root, with forward slashes."""
     return os.path.relpath(path, os.path.abspath(os.path.expanduser(root))).replace(os.sep, "/")
 
 

@@ -1,7 +1,7 @@
-"""``results.json``: what a run measured, in full precision, and at the same time the mark that it is complete.
+"""``results.json``: what a run measured, in full precision. Written last, it also marks the run as complete.
 
-Standard library only. As a program it prints base, new and their harmonic mean H of two runs; or it says, by its exit
-status, whether a run is finished:
+Standard library only, so that scripts can call it without importing torch. As a program it prints base, new and their
+harmonic mean H of two runs, or reports by its exit status whether a run is finished:
 
     python trainers/prompting/results.py <folder of the base run> <folder of the new run>
     python trainers/prompting/results.py --finished <folder>
@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 NAME = "results.json"
-TEMPORARY = re.compile(r"\..+-[0-9a-f]{12}\.tmp|model.*\.tmp")  # the second: of older versions
+TEMPORARY = re.compile(r"\..+-[0-9a-f]{12}\.tmp|model.*\.tmp")  # the second form: of older versions
 
 
 def write_results(folder: str, results: dict[str, Any]) -> str:
@@ -30,20 +30,20 @@ def write_results(folder: str, results: dict[str, Any]) -> str:
 
 
 def write_text(path: str, text: str) -> None:
-    """Write a file atomically: it is either there and whole, or as it was before."""
+    """Write a file atomically: afterwards it is complete, or as it was before."""
     with replacing(path) as file:
         file.write(text.encode("utf-8"))
 
 
 @contextmanager
 def replacing(path: str) -> Iterator[IO[bytes]]:
-    """Open a file that takes the place of ``path`` once it is written and on the disk.
+    """Open a file that replaces ``path`` once it is written and on the disk.
 
-    Whatever happens before (an error, a kill, a power cut) leaves an older file as it was; a kill leaves a temporary
-    file beside it, which :func:`remove_leftovers` takes away.
+    Whatever happens before (an error, a kill, a power cut) leaves an older file as it was. A kill leaves a temporary
+    file, which :func:`remove_leftovers` removes.
 
     Raises:
-        OSError: it cannot be written, for example on a full disk; with ``path`` as its file name.
+        OSError: it cannot be written, for example on a full disk; ``path`` is its file name.
     """
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f".{name}-{uuid.uuid4().hex[:12]}.tmp")
@@ -64,7 +64,7 @@ def replacing(path: str) -> Iterator[IO[bytes]]:
 
 
 def _sync_folder(folder: str) -> None:
-    """Push a new name in a folder to the disk, where the system can."""
+    """Flush a new name in a folder to the disk, where the system supports that."""
     with suppress(OSError):  # Windows, some network file systems
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -74,7 +74,7 @@ def _sync_folder(folder: str) -> None:
 
 
 def remove_leftovers(folder: str) -> None:
-    """Remove the temporary files that a killed run left. Only for who alone writes into the folder."""
+    """Remove the temporary files of a killed run; only for the process that holds the folder's lock."""
     with suppress(FileNotFoundError):
         for name in os.listdir(folder):
             if TEMPORARY.fullmatch(name):
@@ -83,13 +83,13 @@ def remove_leftovers(folder: str) -> None:
 
 
 def read_results(folder: str) -> dict[str, Any]:
-    """Read what a finished run measured. Raises FileNotFoundError where it has not finished."""
+    """Read what a finished run measured. Raises FileNotFoundError if it has not finished."""
     with open(os.path.join(folder, NAME), encoding="utf-8") as file:
         return json.load(file)
 
 
 def is_finished(folder: str) -> bool:
-    """Whether there are results; with a line on stderr where the file is damaged, which counts as none."""
+    """Whether a folder has results. A damaged file counts as none, with a warning on stderr."""
     try:
         if isinstance(read_results(folder)["metrics"], dict):
             return True
@@ -108,7 +108,7 @@ def harmonic_mean(base: float, new: float) -> float:
 
 def main(argv: list[str]) -> int:
     if len(argv) == 2 and argv[0] == "--finished":
-        return 0 if is_finished(argv[1]) else 1
+        return int(not is_finished(argv[1]))
     if len(argv) != 2:
         print(__doc__, file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
-"""Hard negatives, the min-max contrastive loss (Eq. 3) and the selection at test time.
+"""Hard negatives, the min-max contrastive loss (Eq. 3) and visual prompt selection (section 3.2.2).
 
-Everything is computed in log space and at least in float32, whatever the precision of the encoders. Log-probabilities
-are those of a softmax over all C classes, for the original image and for every class-conditional image.
+Everything is computed in log space and at least in float32, whatever the precision of the encoders. Probabilities are
+softmaxes over all C classes, for the original image and for every class-conditional image.
 """
 
 from __future__ import annotations
@@ -12,37 +12,37 @@ LOSSES = ("infonce", "paper")
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """log p(c|x), a softmax over the last dimension; half precision is raised to float32 first."""
+    """log p(c|x), a softmax over the last dimension; half precision is converted to float32 first."""
     return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def top_classes(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """The k most probable classes, most probable first; among equals the lower label comes first.
+    """The k most probable classes, most probable first; of equals the lower label comes first.
 
     Args:
         logits: (B, C).
-        k: shrinks to C where there are fewer classes.
+        k: limited to C.
 
     Returns:
         (B, min(k, C)) labels.
     """
-    # A stable sort, because topk leaves the order of ties to the device.
+    # A stable sort, because the order of ties in topk depends on the device.
     return logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
 def hard_negatives(logits: torch.Tensor, label: torch.Tensor, k: int) -> torch.Tensor:
-    """c_1 … c_K: the K most probable classes of the original image other than y (section 3.3).
+    """c_1 … c_K: the K most probable classes of the original image other than y (section 3.2.2).
 
     Args:
         logits: (B, C) of the original images.
         label: (B,) y.
-        k: K; shrinks to C - 1 where there are fewer classes.
+        k: K, limited to C - 1.
 
     Returns:
         (B, min(K, C - 1)) labels, most probable first.
     """
     ranked = top_classes(logits, logits.shape[-1])
-    rank = (ranked == label.unsqueeze(1)).long().argmax(dim=1, keepdim=True)  # of y; what ranks behind it moves up
+    rank = (ranked == label.unsqueeze(1)).long().argmax(dim=1, keepdim=True)  # of y; the classes behind it move up
     place = torch.arange(min(k, logits.shape[-1] - 1), device=logits.device).expand(len(label), -1)
     return ranked.gather(1, place + (place >= rank))
 
@@ -62,10 +62,10 @@ def min_max_loss(
         negative: (B, K) log p(c_k|x).
         negative_conditional: (B, K) log p(c_k|x_{c_k}).
         form: ``"paper"`` as printed (unbounded below: the positive is not in the denominator), ``"infonce"`` with the
-            positive added to the denominator, as in the loss the paper says it extends (then L >= 0).
+            positive added to the denominator, as in InfoNCE, which the paper extends (then L >= 0).
 
     Returns:
-        (B,) losses. Without negatives (C = 1) there is nothing to contrast and the loss is zero.
+        (B,) losses; zero without negatives (C = 1).
     """
     hardest_positive = torch.minimum(positive, positive_conditional)
     hardest_negatives = torch.maximum(negative, negative_conditional)
@@ -77,7 +77,7 @@ def min_max_loss(
 
 
 def select(original: torch.Tensor, candidates: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
-    """Selection at test time: argmax_k max(p(c_k|x), p(c_k|x_{c_k})) over the top-K classes (section 3.4).
+    """Visual prompt selection: argmax_k max(p(c_k|x), p(c_k|x_{c_k})) over the top-K classes (section 3.2.2).
 
     Args:
         original: (B, C) log p(c|x).
@@ -85,8 +85,8 @@ def select(original: torch.Tensor, candidates: torch.Tensor, conditional: torch.
         conditional: (B, K) log p(c_k|x_{c_k}).
 
     Returns:
-        (B, C) scores whose argmax is the prediction: log max(p(c_k|x), p(c_k|x_{c_k})) for the candidates, -inf for the
-        classes that were not considered.
+        (B, C) scores whose argmax is the prediction: log max(p(c_k|x), p(c_k|x_{c_k})) for the candidates, -inf for all
+        other classes.
     """
     winners = torch.maximum(original.gather(1, candidates), conditional)
     return torch.full_like(original, float("-inf")).scatter(1, candidates, winners)

@@ -1,4 +1,4 @@
-"""What keeps a run folder whole: one process at a time writes into it, and a signal ends training in good order."""
+"""One process at a time writes into a run folder, and signals end training cleanly."""
 
 from __future__ import annotations
 
@@ -18,22 +18,21 @@ from filelock import FileLock, Timeout
 
 from .errors import UserError
 
-LOCK = ".lock"  # in the run folder; the system lets go of it when its process ends, however that happens
-# Seconds to wait for a lock. With a filelock that does not mind forks, the workers of a killed run hold it until they
-# notice that they are alone, which takes five.
+LOCK = ".lock"  # in the run folder; the system releases it when its process ends, however that happens
+# Seconds to wait for a lock: the workers of a killed run may hold it until they notice, which takes five seconds.
 PATIENCE = 8.0
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems without them
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # file systems without locks
 
-_locks: dict[tuple[int, str], FileLock] = {}  # by process (one that was forked has none) and folder
+_locks: dict[tuple[int, str], FileLock] = {}  # by process (a forked one holds none) and folder
 
 
 @contextmanager
 def locked(folder: str) -> Iterator[None]:
-    """Keep a folder to this process, which may ask for it several times.
+    """Hold the lock of a folder; the same process may nest it.
 
     Raises:
-        UserError: another process has it.
-        OSError: the folder cannot be made or written.
+        UserError: another process holds it.
+        OSError: the folder cannot be created or written.
     """
     os.makedirs(folder, exist_ok=True)
     real = os.path.realpath(folder)
@@ -50,28 +49,28 @@ def locked(folder: str) -> Iterator[None]:
 
 
 def _acquire(lock: FileLock, folder: str) -> bool:
-    """False where the file system has no locks."""
+    """Returns False where the file system has no locks."""
     try:
         with suppress(Timeout):
             lock.acquire(timeout=0)
             return True
         until = time.monotonic() + PATIENCE
-        print(f"{folder} is in use: waiting {PATIENCE:g} s for it")
+        print(f"{folder} is in use: waiting up to {PATIENCE:g} s")
         lock.acquire(timeout=max(until - time.monotonic(), 0))
     except Timeout as error:
         raise UserError(
-            f"{folder}: another run is writing into this folder; wait for its end or choose another --output-dir"
+            f"{folder}: another run is writing into this folder; wait until it ends or choose another --output-dir"
         ) from error
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
             raise
-        print(f"{folder}: no locks on this file system, so see to it that one run at a time writes there")
+        print(f"{folder}: this file system has no locks; make sure that only one run at a time writes there")
         return False
     return True
 
 
 class Stopped(SystemExit):
-    """SIGINT or SIGTERM in training. The exit status is the conventional one, 128 + the signal's number."""
+    """SIGINT or SIGTERM during training. The exit status is the usual 128 + the signal's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -80,11 +79,11 @@ class Stopped(SystemExit):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM raise :class:`Stopped`, once: further ones do not disturb what is then done to end well.
+    """Let SIGINT and SIGTERM raise :class:`Stopped`, once: further signals do not disturb the shutdown.
 
-    Only the process that came here stops like this; worker processes that it forks keep to what they know.
+    Forked worker processes keep their own handlers.
     """
-    if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield
         return
     owner = os.getpid()
@@ -99,7 +98,7 @@ def stoppable() -> Iterator[None]:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         known = signal.getsignal(number)
-        if known not in (None, signal.SIG_IGN):  # who starts a run with a signal ignored means it
+        if known not in (None, signal.SIG_IGN):  # a run started with a signal ignored keeps ignoring it
             before[number] = known
             signal.signal(number, stop)
     try:
@@ -111,7 +110,7 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def quiet_threads() -> Iterator[None]:
-    """No traceback of a thread that could not write: TensorBoard's raises the error again with the next number."""
+    """Suppress the traceback of TensorBoard's writer thread; its error is raised again in the main thread."""
     known = threading.excepthook
     threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else known(args)
     try:
@@ -121,6 +120,6 @@ def quiet_threads() -> Iterator[None]:
 
 
 def command() -> str:
-    """The command line of this process, to be typed again."""
-    words = getattr(sys, "orig_argv", [sys.executable, *sys.argv])  # Python 3.9 does not have it
+    """The command line of this process, ready for a shell."""
+    words = getattr(sys, "orig_argv", [sys.executable, *sys.argv])  # not in Python 3.9
     return shlex.join(words)

@@ -1,0 +1,171 @@
+"""Config keys with their defaults and valid values.
+
+A method lists its keys in one table; :func:`add_keys` adds the defaults to a config and :func:`violations` checks the
+values. All mistakes are reported at once, before any data or weights are loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import reprlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple, Optional
+
+from yacs.config import CfgNode
+
+from .errors import UserError
+from .names import flat_config, printable
+
+PRECISIONS = ("fp16", "fp32", "amp", "bf16")  # bf16 is autocast like amp, but needs no loss scaling
+MAX_CONTEXT = 60  # of CLIP's 77 tokens; leaves 14 for a class name
+
+
+class Rule(NamedTuple):
+    """What a value must be, in words, and the check."""
+
+    requirement: str
+    holds: Callable[[Any], bool]
+
+
+class Key(NamedTuple):
+    """A config key: its default, and the rule for other values (None: any value of the default's type)."""
+
+    default: Any
+    rule: Optional[Rule] = None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; True and False are not numbers."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def at_least(least: float) -> Rule:
+    return Rule(f"must be at least {least:g}", lambda value: is_number(value) and value >= least)
+
+
+def above(least: float) -> Rule:
+    return Rule(f"must be larger than {least:g}", lambda value: is_number(value) and value > least)
+
+
+def within(least: float, most: float) -> Rule:
+    return Rule(f"must be {least:g} to {most:g}", lambda value: is_number(value) and least <= value <= most)
+
+
+def one_of(choices: Collection[str]) -> Rule:
+    return Rule(f"choose one of {', '.join(choices)}", lambda value: value in choices)
+
+
+def only(value: Any, reason: str) -> Rule:
+    return Rule(f"must be {value}: {reason}", lambda given: given == value)
+
+
+FILE_OR_EMPTY = Rule("no such file", lambda value: not value or os.path.isfile(os.path.expanduser(value)))
+NOT_A_FOLDER = Rule("is a folder, must be a file", lambda value: not os.path.isdir(os.path.expanduser(value)))
+WORDS_OR_EMPTY = Rule(
+    f"must hold 1 to {MAX_CONTEXT} words, or be empty for a random context",
+    lambda value: not value or 1 <= len(value.split()) <= MAX_CONTEXT,
+)
+PREC = Key("fp16", one_of(PRECISIONS))
+CONTEXT = {
+    "N_CTX": Key(16, within(1, MAX_CONTEXT)),  # M, number of context vectors
+    "CTX_INIT": Key("", WORDS_OR_EMPTY),  # words that the context starts from; empty: random
+    "PREC": PREC,
+}
+
+# Keys that all methods share.
+SHARED_KEYS = {
+    "TEST.FEATURES": Key("", NOT_A_FOLDER),  # file that stores features of test images between runs; empty: none
+    "TEST.FEATURES_GB": Key(4.0, at_least(0)),  # size limit of that file
+    "TRAIN.TEXT_CHUNK": Key(0, at_least(0)),  # classes encoded at a time, to save memory; 0: all of them
+    "TRAIN.COMPILE": Key(False),  # torch.compile the image encoder: takes minutes, changes last digits
+    "TRAIN.DECODED_GB": Key(1.0, at_least(0)),  # training images stay decoded in memory up to this size; 0: never
+}
+
+# Dassl's own keys: yacs checks the types, torch and Dassl most values. These would make results wrong without a word.
+DASSL_RULES = {
+    "SEED": at_least(-1),
+    "INPUT.SIZE": Rule(
+        "must be height and width, whole numbers of pixels",
+        lambda size: len(size) == 2 and all(type(n) is int and n >= 1 for n in size),
+    ),
+    "INPUT.NO_TRANSFORM": only(False, "a network takes tensors"),
+    "INPUT.PIXEL_MEAN": Rule("must be three numbers", lambda mean: len(mean) == 3 and all(map(is_number, mean))),
+    "INPUT.PIXEL_STD": Rule(
+        "must be three numbers larger than 0", lambda std: len(std) == 3 and all(is_number(s) and s > 0 for s in std)
+    ),
+    "INPUT.RRCROP_SCALE": Rule(
+        "must be the smallest and largest share of the area, above 0 and up to 1",
+        lambda scale: len(scale) == 2 and all(map(is_number, scale)) and 0 < scale[0] <= scale[1] <= 1,
+    ),
+    "DATASET.NUM_SHOTS": at_least(-1),
+    "DATASET.SUBSAMPLE_CLASSES": one_of(("all", "base", "new")),
+    "DATALOADER.NUM_WORKERS": at_least(0),
+    "DATALOADER.K_TRANSFORMS": only(1, "a network takes one view of an image"),
+    "DATALOADER.TRAIN_X.BATCH_SIZE": at_least(1),
+    "DATALOADER.TEST.BATCH_SIZE": at_least(1),
+    "DATALOADER.TEST.SAMPLER": one_of(("SequentialSampler", "RandomSampler")),  # others leave images out
+    "MODEL.INIT_WEIGHTS": FILE_OR_EMPTY,
+    "OPTIM.LR": at_least(0),
+    "OPTIM.WEIGHT_DECAY": at_least(0),
+    "OPTIM.STAGED_LR": only(False, "prompts have no layers to tell apart"),
+    "OPTIM.GAMMA": above(0),
+    "OPTIM.MAX_EPOCH": at_least(1),
+    "OPTIM.WARMUP_EPOCH": at_least(-1),
+    "OPTIM.WARMUP_CONS_LR": at_least(0),
+    "OPTIM.WARMUP_MIN_LR": at_least(0),
+    "TRAIN.CHECKPOINT_FREQ": at_least(-1),
+    "TRAIN.PRINT_FREQ": at_least(1),
+    "TEST.SPLIT": one_of(("test", "val")),
+    "TEST.FINAL_MODEL": one_of(("last_step", "best_val")),
+}
+
+
+def add_keys(cfg: CfgNode, keys: Mapping[str, Key], node: str = "") -> None:
+    """Add the shared keys and those of a method, below ``cfg.TRAINER.<node>``."""
+    for name, key in SHARED_KEYS.items():
+        group, leaf = name.split(".")
+        cfg[group][leaf] = key.default
+    if node:
+        cfg.TRAINER[node] = CfgNode({name: key.default for name, key in keys.items()})
+
+
+def rules_of(keys: Mapping[str, Key]) -> dict[str, Rule]:
+    """The rules of those keys that have one."""
+    return {name: key.rule for name, key in keys.items() if key.rule is not None}
+
+
+def violation(key: str, value: Any, requirement: str) -> str:
+    """One line about a value that is not allowed."""
+    if isinstance(value, float):
+        shown = f"{value:g}"
+    elif isinstance(value, (list, tuple)):
+        shown = reprlib.repr(tuple(value))
+    else:
+        shown = str(value) if str(value).strip() else f'"{value}"'
+    return f"{key} {printable(shown[:200])}: {requirement}"
+
+
+def violations(rules: Mapping[str, Rule], cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    """A line for every value that breaks its rule. Keys that the config does not have are skipped.
+
+    Args:
+        prefix: comes before the keys of ``rules``, for example ``TRAINER.COOP.``.
+    """
+    values = flat_config(cfg)
+    for key, rule in rules.items():
+        if prefix + key in values and not rule.holds(values[prefix + key]):
+            yield violation(prefix + key, values[prefix + key], rule.requirement)
+
+
+def unmet(prefix: str, options: CfgNode, conditions: Collection[tuple[str, bool, str]]) -> list[str]:
+    """A line for every condition on several keys that does not hold: (key, whether it holds, requirement)."""
+    return [violation(prefix + key, options[key], requirement) for key, holds, requirement in conditions if not holds]
+
+
+def user_error_messages(check: Callable[[], Any]) -> Iterator[str]:
+    """The messages of the UserError that ``check`` raises, if it does."""
+    try:
+        check()
+    except UserError as error:
+        yield from error.args

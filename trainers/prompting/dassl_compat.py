@@ -1,0 +1,80 @@
+"""Differences between versions of Dassl.pytorch and torch, in one place."""
+
+from __future__ import annotations
+
+import inspect
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
+from typing import Any
+
+import dassl.optim.lr_scheduler as dassl_schedules
+import torch
+import torch.nn as nn
+from dassl.data.transforms import build_transform
+from dassl.evaluation.build import EVALUATOR_REGISTRY
+from dassl.optim import build_lr_scheduler
+from dassl.optim import build_optimizer as dassl_build_optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from yacs.config import CfgNode
+
+from .config import violation
+from .errors import UserError
+from .names import flat_config
+
+
+def patch_dassl_warmup() -> None:
+    """Let Dassl.pytorch (2022) build its warm-up on torch >= 2.7, whose schedulers no longer accept ``verbose``."""
+    warmup = getattr(dassl_schedules, "_BaseWarmupScheduler", None)
+    if warmup is None or "verbose" in inspect.signature(LRScheduler.__init__).parameters:
+        return
+
+    def init(self, optimizer, successor, warmup_epoch, last_epoch=-1, verbose=False):  # noqa: ANN001 (Dassl's)
+        self.successor, self.warmup_epoch = successor, warmup_epoch
+        LRScheduler.__init__(self, optimizer, last_epoch)
+
+    warmup.__init__ = init
+
+
+def build_optimizer(
+    module: nn.Module, optim_cfg: CfgNode, own_rates: Mapping[nn.Parameter, float]
+) -> torch.optim.Optimizer:
+    """Dassl's optimizer of a module.
+
+    Args:
+        own_rates: parameters with their own learning rates, which the schedule scales; they get no weight decay.
+
+    Raises:
+        UserError: there are such parameters, and this Dassl (0.5) has no parameter groups.
+    """
+    if not own_rates:
+        return dassl_build_optimizer(module, optim_cfg)
+    if len(inspect.signature(dassl_build_optimizer).parameters) < 3:
+        raise UserError("parameters with their own learning rates need Dassl.pytorch 0.6.3 or newer: update Dassl")
+    own = [{"params": [p], "lr": lr, "own_lr": lr, "weight_decay": 0} for p, lr in own_rates.items()]
+    others = {"params": [p for p in module.parameters() if all(p is not q for q in own_rates)]}
+    return dassl_build_optimizer(module, optim_cfg, [others, *own])
+
+
+def grad_scaler() -> Any:
+    """torch's gradient scaler, which moved in torch 2.3."""
+    return torch.amp.GradScaler("cuda") if hasattr(torch.amp, "GradScaler") else torch.cuda.amp.GradScaler()
+
+
+def dassl_errors(cfg: CfgNode) -> Iterator[str]:
+    """A line for every value that this Dassl or torch refuses when transforms, optimizer and schedule are built."""
+    if cfg.TEST.EVALUATOR not in EVALUATOR_REGISTRY.registered_names():
+        known = ", ".join(EVALUATOR_REGISTRY.registered_names())
+        yield violation("TEST.EVALUATOR", cfg.TEST.EVALUATOR, f"no such evaluator; choose one of {known}")
+    patch_dassl_warmup()
+    attempts = (
+        ("INPUT.TRANSFORMS", lambda: [build_transform(cfg, is_train) for is_train in (True, False)]),
+        ("OPTIM.NAME", lambda: build_lr_scheduler(dassl_build_optimizer(nn.Linear(1, 1), cfg.OPTIM), cfg.OPTIM)),
+    )
+    for key, attempt in attempts:
+        try:
+            with redirect_stdout(io.StringIO()):
+                attempt()
+        except (ValueError, TypeError, AssertionError, KeyError, ZeroDivisionError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            yield violation(key, flat_config(cfg)[key], reason)

@@ -1,0 +1,243 @@
+"""Images and random states: reading image files, the data set that Dassl's loaders use, and seeding."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from dassl.data import DatasetWrapper
+from dassl.data.data_manager import build_data_loader
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import DataLoader, get_worker_info
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+# Only these formats are decoded, whatever a file is called: Pillow starts another program for some others (EPS).
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 178_956_970  # Pillow's own limit, half a gigabyte in RGB; Pillow would warn from half of it on
+READER_VERSION = 1  # of what read_image returns; part of the key of stored features
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+# ------------------------------------------------------------------------------------------------- image files
+
+
+def read_image(path: str) -> Image.Image:
+    """The image at ``path``, fully decoded, in RGB with 8 bits, as CoOp reads it (``Image.convert``).
+
+    Transparency is dropped, the first of several frames is taken, and the EXIF orientation is ignored. Unlike in CoOp,
+    where Pillow would clip nearly everything to white, pixels of 16 or more bits are scaled so that 65535 is white, and
+    floats so that 1 is white (255 where a pixel exceeds 1).
+
+    Raises:
+        FileNotFoundError: no such file.
+        OSError: it cannot be read or decoded: permissions, a format not in ``FORMATS``, truncated, more than
+            ``MAX_PIXELS`` pixels, metadata that unpack to megabytes.
+        Both carry one argument, a line that names the path, so that a DataLoader can re-raise them from a worker.
+    """
+    name = " ".join(path.splitlines())
+    try:
+        with open_image(path) as image:
+            image.info.pop("transparency", None)  # Pillow would warn that it is dropped
+            return (_scaled(image) if image.mode[0] in "IF" else image).convert("RGB")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no image file at {name}") from error
+    except UnidentifiedImageError as error:
+        raise OSError(f"cannot decode image {name}: not an image of a known format") from error
+    except Exception as error:  # Pillow's decoders raise SyntaxError, struct.error, ValueError, EOFError and others
+        reason = getattr(error, "strerror", None) or " ".join(str(error).splitlines()) or type(error).__name__
+        raise OSError(f"cannot decode image {name}: {reason}") from error
+
+
+@contextmanager
+def open_image(path: str) -> Iterator[Image.Image]:
+    """An image file of which only the header has been read. Raises ValueError beyond ``MAX_PIXELS``."""
+    with Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels, the limit is {MAX_PIXELS}")
+        yield image
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """A grey image of 16 or 32 bits, or of floats, in 8 bits."""
+    pixels = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=np.inf, neginf=0)
+    white = 65535.0 if image.mode[0] == "I" else 1.0 if pixels.max(initial=0) <= 1 else 255.0
+    return Image.fromarray(np.rint(np.clip(pixels / white, 0, 1) * 255).astype(np.uint8))
+
+
+class DecodedImages:
+    """Images decoded once, in one block of ``size`` bytes (:func:`decoded_size`), which worker processes may share.
+
+    Raises:
+        RuntimeError: too little shared memory (a container may have 64 MB).
+    """
+
+    def __init__(self, paths: Sequence[str], size: int, shared: bool = True) -> None:
+        self._memory = torch.empty(size, dtype=torch.uint8)
+        if shared:
+            self._memory.share_memory_()
+        self._places: list[tuple[int, int, int]] = []  # offset, height, width
+        offset = 0
+        with ThreadPoolExecutor() as pool:
+            for image in tqdm(pool.map(read_image, paths), "decoding", len(paths), leave=False, disable=None):
+                pixels = torch.from_numpy(np.asarray(image).copy())
+                self._memory[offset : offset + pixels.numel()] = pixels.flatten()
+                self._places.append((offset, image.height, image.width))
+                offset += pixels.numel()
+
+    def __getitem__(self, i: int) -> Image.Image:
+        offset, height, width = self._places[i]
+        pixels = self._memory[offset : offset + 3 * height * width].view(height, width, 3)
+        return Image.fromarray(pixels.numpy().copy())
+
+
+def decoded_size(paths: Sequence[str], limit: float) -> Optional[int]:
+    """Bytes that the images take when decoded, read from their headers; None where that exceeds ``limit``."""
+    total = 0
+    for path in paths:
+        try:
+            with open_image(path) as image:
+                total += 3 * image.width * image.height
+        except Exception:  # noqa: BLE001 (read_image reports what is wrong with the file)
+            read_image(path)
+            raise
+        if total > limit:
+            return None
+    return total
+
+
+# ------------------------------------------------------------------------------------------------- loaders
+
+
+class ImageDataset(DatasetWrapper):
+    """Dassl's data set, with images read by :func:`read_image` and decoded once where memory allows."""
+
+    decoded: Optional[DecodedImages] = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.epoch = torch.zeros((), dtype=torch.int64)
+        if self.is_train and self.cfg.DATALOADER.NUM_WORKERS > 0:
+            self.epoch.share_memory_()  # persistent workers see a new epoch through this
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The images of a batch. In a worker, augmentation is a function of (seed, epoch, batch).
+
+        So it depends neither on the number of workers nor on what they drew before, as in a resumed run.
+        """
+        if get_worker_info() is None or not self.is_train:
+            return [self[i] for i in indices]
+        with seeded(seed_of(f"{max(self.cfg.SEED, 0)}/{int(self.epoch)}/{list(indices)}")):
+            return [self[i] for i in indices]
+
+    def decode(self, limit: float, shared: bool = True) -> None:
+        """Keep all images decoded unless they take more than ``limit`` bytes; call before workers start."""
+        paths = [item.impath for item in self.data_source]
+        size = decoded_size(paths, limit)
+        if size:
+            try:
+                self.decoded = DecodedImages(paths, size, shared)
+            except RuntimeError as error:  # too little shared memory
+                print(f"Images are decoded at every use: {' '.join(str(error).split())}")
+
+    def __getitem__(self, idx: int) -> dict[str, Any]:
+        if callable(self.transform) and not self.return_img0:
+            item = self.data_source[idx]
+            image = read_image(item.impath) if self.decoded is None else self.decoded[idx]
+            image = self._transform_image(self.transform, image)
+            return {"label": item.label, "domain": item.domain, "impath": item.impath, "index": idx, "img": image}
+        try:
+            return super().__getitem__(idx)
+        except Exception:
+            read_image(self.data_source[idx].impath)  # names the file, unless something else is wrong
+            raise
+
+
+def ordered_loader(cfg: CfgNode, items: Sequence[Any], transform: Any) -> DataLoader:
+    """A loader of images in their order, without augmentation."""
+    size = cfg.DATALOADER.TEST.BATCH_SIZE
+    return build_data_loader(
+        cfg, data_source=items, batch_size=size, tfm=transform, is_train=False, dataset_wrapper=ImageDataset
+    )
+
+
+def index_loader(items: Sequence[Any], batch_size: int) -> DataLoader:
+    """Indices and labels of training images, without pixels, in random order and Dassl's batches."""
+    rows = [{"index": i, "label": x.label, "domain": x.domain, "impath": x.impath} for i, x in enumerate(items)]
+    return DataLoader(rows, batch_size=batch_size, shuffle=True, drop_last=len(rows) >= batch_size)
+
+
+# ------------------------------------------------------------------------------------------------- random states
+
+
+def seed_of(key: str) -> int:
+    """A seed below 2**32 that depends on ``key`` alone."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed every random state that an augmentation may use, and restore them afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.random.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def random_states() -> dict[str, Any]:
+    """The states of all random number generators, as plain types and tensors."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": {"version": version, "numbers": _signed(numbers), "gauss": gauss},
+        "numpy": {
+            **{"kind": kind, "keys": _signed(keys), "position": int(position)},
+            **{"has_gauss": int(has_gauss), "cached": float(cached)},
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_random_states(states: Any) -> None:
+    """Restore what :func:`random_states` returned; older checkpoints hold torch's state alone."""
+    if isinstance(states, torch.Tensor):
+        torch.set_rng_state(states)
+        return
+    python, numpy = states["python"], states["numpy"]
+    random.setstate((python["version"], tuple(_unsigned(python["numbers"]).tolist()), python["gauss"]))
+    keys = _unsigned(numpy["keys"])
+    np.random.set_state((numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count() and states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def _signed(numbers: Any) -> torch.Tensor:
+    """Numbers below 2**32 as a tensor; torch 2.0 has no unsigned type of that size."""
+    return torch.from_numpy(np.array(numbers, dtype=np.uint32).view(np.int32))
+
+
+def _unsigned(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.numpy().view(np.uint32)
+
+
+def normalisation(cfg: CfgNode) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (3, 1, 1) that the transforms of a config apply to RGB in [0, 1]."""
+    if "normalize" not in cfg.INPUT.TRANSFORMS:
+        return torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+    mean, std = torch.tensor(cfg.INPUT.PIXEL_MEAN), torch.tensor(cfg.INPUT.PIXEL_STD)
+    return mean.view(3, 1, 1), std.view(3, 1, 1)

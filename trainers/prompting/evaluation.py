@@ -1,0 +1,202 @@
+"""The test loop: batches of images in, an :class:`Evaluation` out."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+from .backbone import Backbone
+from .data import READER_VERSION, ordered_loader, read_image
+from .errors import UserError
+from .feature_store import FeatureStore, NotAStore, encoder_key, image_key
+from .image_batch import ImageBatch, StoredBatch
+from .method import Method
+from .names import relative_path
+
+THREADS = min(8, os.cpu_count() or 1)  # decode images of which a store lacks something
+
+
+@dataclass
+class Evaluation:
+    """What an evaluation measured."""
+
+    split: str  # test or val
+    metrics: dict[str, float]  # of Dassl's evaluator, accuracy in percent first
+    extra_metrics: dict[str, float] = field(default_factory=dict)  # of class-conditional images: percentages by name
+    predictions: dict[str, int] = field(default_factory=dict)  # label by path relative to the data root
+
+
+def evaluate(
+    method: Method, batches: Iterable[tuple[ImageBatch, torch.Tensor]], evaluator: Any, split: str, total: int
+) -> Evaluation:
+    """Score all images, with text features computed once.
+
+    Args:
+        batches: images with paths, and their (B,) labels on the same device.
+        evaluator: Dassl's.
+        total: number of images, for the progress bar.
+
+    Raises:
+        UserError: scores that are not numbers; the line names an image.
+    """
+    evaluator.reset()
+    predictions: dict[str, int] = {}
+    compared = changed = correct_alone = 0
+    text_features = method.text_features()
+    with tqdm(total=total, unit="image", disable=None) as bar:
+        for images, label in batches:
+            found = method.compare(images, text_features)
+            check_scores(found.scores, images.paths)
+            evaluator.process(found.scores, label)
+            predicted = found.scores.argmax(dim=1)
+            predictions.update(zip(images.paths, predicted.tolist()))
+            if found.candidates is not None:
+                alone = found.original.argmax(dim=1)
+                compared += len(images)
+                changed += int((alone != predicted).sum())
+                correct_alone += int((alone == label).sum())
+            bar.update(len(images))
+    metrics = {key: float(value) for key, value in evaluator.evaluate().items()}
+    extra = {}
+    if compared:
+        extra["changed_by_selection"] = 100 * changed / compared
+        extra["accuracy_without_selection"] = 100 * correct_alone / compared
+    return Evaluation(split, metrics, extra, predictions)
+
+
+def check_scores(scores: torch.Tensor, paths: Sequence[str]) -> None:
+    """Raise UserError unless every image has a best class: (B, C) scores; -inf is allowed for other classes."""
+    bad = ~torch.isfinite(scores.amax(dim=1))
+    if bad.any():
+        path = paths[int(bad.int().argmax())]
+        raise UserError(f"{path}: the scores are not numbers; check the weights (MODEL.BACKBONE.NAME, --model-dir)")
+
+
+class ImageSource:
+    """Turns Dassl's loaders into batches for a method, through the feature store of ``TEST.FEATURES`` if there is one.
+
+    Args:
+        backbone: its image encoder is on ``device``.
+        precision: of the computation, part of the store's key.
+    """
+
+    def __init__(self, cfg: CfgNode, backbone: Backbone, device: torch.device, precision: str) -> None:
+        self.cfg, self.backbone, self.device, self.precision = cfg, backbone, device, precision
+        self._encoder_key: Optional[bytes] = None  # hashes all weights: once per run
+
+    def batches(self, loader: DataLoader, use_store: bool = True) -> Iterator[tuple[ImageBatch, torch.Tensor]]:
+        """All images of a loader with their labels. With a store, images are read only if it lacks something."""
+        store = self._open_store(loader.dataset.transform) if use_store else None
+        if store is None:
+            for batch in loader:
+                pixels = batch["img"].to(self.device, non_blocking=True)
+                yield ImageBatch(self.backbone, pixels, self._paths(batch["impath"])), batch["label"].to(self.device)
+            return
+        with closing(store):
+            yield from self._stored_batches(loader, store)
+
+    def _stored_batches(self, loader: DataLoader, store: FeatureStore) -> Iterator[tuple[ImageBatch, torch.Tensor]]:
+        items, transform = loader.dataset.data_source, loader.dataset.transform
+        size, unknown = self.cfg.DATALOADER.TEST.BATCH_SIZE, []
+        with ThreadPoolExecutor(THREADS) as pool:
+            for chunk in (items[i : i + size] for i in range(0, len(items), size)):
+                keys = self._keys([item.impath for item in chunk])
+                known = [feature is not None for feature in store.get(keys)]
+                unknown += [item for item, there in zip(chunk, known) if not there]
+                chunk = [item for item, there in zip(chunk, known) if there]
+                if chunk:
+                    keys = [key for key, there in zip(keys, known) if there]
+                    read = self._reader([item.impath for item in chunk], transform, pool)
+                    paths = self._paths([item.impath for item in chunk])
+                    label = torch.tensor([item.label for item in chunk], device=self.device)
+                    yield StoredBatch(self.backbone, paths, store, keys, read), label
+        print(f"Features of {len(items) - len(unknown)} of {len(items)} images were read from {store.path}")
+        if not unknown:  # draw what that loader would draw: training must not depend on the store
+            torch.empty((), dtype=torch.int64).random_()
+            return
+        for batch in ordered_loader(self.cfg, unknown, transform):
+            pixels = batch["img"].to(self.device, non_blocking=True)
+            paths, keys = self._paths(batch["impath"]), self._keys(batch["impath"])
+            images = StoredBatch(self.backbone, paths, store, keys, pixels.__getitem__)
+            yield images, batch["label"].to(self.device)
+
+    def _reader(
+        self, paths: Sequence[str], transform: Callable[[Any], torch.Tensor], pool: ThreadPoolExecutor
+    ) -> Callable[[Sequence[int]], torch.Tensor]:
+        def read(rows: Sequence[int]) -> torch.Tensor:
+            images = pool.map(lambda row: transform(read_image(paths[row])), rows)
+            return torch.stack(list(images)).to(self.device)
+
+        return read
+
+    def _paths(self, paths: Sequence[str]) -> list[str]:
+        return [relative_path(path, self.cfg.DATASET.ROOT) for path in paths]
+
+    def _keys(self, paths: Sequence[str]) -> list[bytes]:
+        return [image_key(*pair) for pair in zip(paths, self._paths(paths))]
+
+    def _open_store(self, transform: Any) -> Optional[FeatureStore]:
+        """The store of ``TEST.FEATURES`` for this encoder and preprocessing; None without one."""
+        path = self.cfg.TEST.get("FEATURES", "")
+        if not path:
+            return None
+        backbone, kind = self.backbone, self.device.type
+        if kind == "cuda":
+            kind = torch.cuda.get_device_name(self.device)
+        if self._encoder_key is None:  # test and validation images have the same transform
+            self._encoder_key = encoder_key(backbone.visual, transform, f"{self.precision} {READER_VERSION}", kind)
+        name = f"{backbone.name}, {backbone.input_resolution} pixels, {self.precision}, {kind}"
+        limit = int(self.cfg.TEST.FEATURES_GB * 2**30)
+        try:
+            return FeatureStore(os.path.expanduser(path), self._encoder_key, name, limit)
+        except NotAStore as error:
+            raise UserError(f"TEST.FEATURES: {error}; name another file") from error
+        except (OSError, sqlite3.Error) as error:
+            print(f"{path}: {error}; features are not stored")
+            return None
+
+
+class FewShotFeatures:
+    """Features of a data set's training and validation images, for :class:`~.method.TrainingData`.
+
+    Args:
+        dataset: Dassl's.
+        loader: images -> a loader of them in their order, without augmentation.
+        encode: (B, 3, H, H) pixels -> (B, E) features.
+    """
+
+    def __init__(
+        self, dataset: Any, name: str, loader: Callable[[Sequence[Any]], Iterable[dict[str, Any]]], encode: Callable
+    ) -> None:
+        self._dataset, self._name, self._loader, self._encode = dataset, name, loader, encode
+
+    def train_features(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._features(self._dataset.train_x)
+
+    def val_features(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._features(self._dataset.val)
+
+    def check_validation(self, setting: str, remedy: str) -> None:
+        """Raise UserError unless there are validation images that are not test images (CoOp's ImageNet has none)."""
+        test = {item.impath for item in self._dataset.test}
+        if not self._dataset.val or any(item.impath in test for item in self._dataset.val):
+            raise UserError(f"{setting}: {self._name} has no validation images of its own; {remedy} instead")
+
+    @torch.no_grad()
+    def _features(self, items: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        features, labels = [], []
+        for batch in tqdm(self._loader(items), desc="features", disable=None, leave=False):
+            features.append(self._encode(batch["img"]).float())
+            labels.append(batch["label"])
+        features = torch.cat(features)
+        return features, torch.cat(labels).to(features.device)

@@ -1,0 +1,287 @@
+"""Images of a training step or an evaluation, as a method sees them: features f(x), and f(x_c) with blocks pasted in.
+
+:class:`ImageBatch` encodes pixels. :class:`StoredBatch` looks features up in a :class:`FeatureStore` first, and
+:class:`ViewBatch` in a :class:`ViewCache` of augmented training images; both read pixels only for missing features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .backbone import Backbone
+from .data import read_image, seed_of, seeded
+from .feature_store import FeatureStore, digest
+from .paste import paste, uniform_of_paths
+
+CHUNK = 256  # class-conditional images pasted and encoded at a time
+GRADIENT_CHUNK = 64  # the same where activations are held for a gradient
+
+Key = tuple[int, int, int, int, int]  # image, view, class (-1: none), top, left
+
+
+class ImageBatch:
+    """B images, and the features of their class-conditional copies.
+
+    Args:
+        backbone: its image encoder is frozen.
+        pixels: (B, 3, H, W), normalised, on the encoder's device.
+        paths: B paths relative to the data root at test time; None in training.
+    """
+
+    def __init__(self, backbone: Backbone, pixels: torch.Tensor, paths: Optional[Sequence[str]] = None) -> None:
+        self.backbone, self.pixels, self.paths = backbone, pixels, paths
+        self._raw: Optional[torch.Tensor] = None
+
+    def __len__(self) -> int:
+        return len(self.pixels) if self.paths is None else len(self.paths)
+
+    def raw_features(self) -> torch.Tensor:
+        """(B, E) features as the encoder returns them, computed once; without a graph."""
+        if self._raw is None:
+            with torch.no_grad():
+                self._raw = self._encode()
+        return self._raw
+
+    def features(self) -> torch.Tensor:
+        """f(x): (B, E), of unit length."""
+        return F.normalize(self.raw_features(), dim=-1)
+
+    def pasted(
+        self, blocks: torch.Tensor, classes: torch.Tensor, places: torch.Tensor, store: bool = True
+    ) -> torch.Tensor:
+        """f(x_c): features of the images with a block replaced by a visual prompt (section 3.2.1).
+
+        Blocks that require gradients get them through the frozen encoder. Activations are then held for one chunk at a
+        time and recomputed in the backward pass, so memory does not grow with B * N.
+
+        Args:
+            blocks: (C, 3, h, w) visual prompts, normalised like the images.
+            classes: (B, N) classes c for each image.
+            places: (B, 2) top and left of the block, the same for all classes of an image.
+            store: the features are worth storing, where there is a store (not those of blocks that one run learned).
+
+        Returns:
+            (B, N, E), of unit length.
+        """
+        n = classes.shape[1]
+        owner = torch.arange(len(self)).repeat_interleave(n)
+        raw = self._encode_pasted(blocks, owner, classes.flatten(), places, store)
+        return F.normalize(raw, dim=-1).view(len(self), n, -1)
+
+    def uniform(self, seed: int) -> torch.Tensor:
+        """(B, 2) numbers in [0, 1) that place the blocks: of (seed, path) at test time, else from torch's state."""
+        if self.paths is None:
+            return torch.rand(len(self), 2, dtype=torch.float64)
+        return uniform_of_paths(self.paths, seed)
+
+    def _encode(self) -> torch.Tensor:
+        return self.backbone.encode_image(self.pixels)
+
+    def _encode_pasted(
+        self, blocks: torch.Tensor, owner: torch.Tensor, classes: torch.Tensor, places: torch.Tensor, store: bool
+    ) -> torch.Tensor:
+        """(P, E) of P pairs of an image (its row in ``owner``) and a class, not of unit length."""
+        return encode_pasted(self.backbone, self.pixels, blocks, owner, classes, places)
+
+
+def encode_pasted(
+    backbone: Backbone,
+    pixels: torch.Tensor,
+    blocks: torch.Tensor,
+    owner: torch.Tensor,
+    classes: torch.Tensor,
+    places: torch.Tensor,
+) -> torch.Tensor:
+    """Paste and encode in chunks: P pairs of an image (its row in ``owner``) and a class -> (P, E)."""
+
+    def encode(i: torch.Tensor, c: torch.Tensor) -> torch.Tensor:  # indexing in here: nothing pasted is retained
+        return backbone.encode_image(paste(pixels[i], blocks[c], places[i]))
+
+    learning = blocks.requires_grad and torch.is_grad_enabled()
+    chunk = GRADIENT_CHUNK if learning else CHUNK
+    with torch.set_grad_enabled(learning):
+        pairs = zip(owner.split(chunk), classes.split(chunk))
+        if learning:
+            return torch.cat([checkpoint(encode, i, c, use_reentrant=False) for i, c in pairs])
+        return torch.cat([encode(i, c) for i, c in pairs])
+
+
+# ------------------------------------------------------------------------------------------------- stored on disk
+
+
+class StoredBatch(ImageBatch):
+    """Test images whose features may be in a store.
+
+    Args:
+        store: where features are looked up and put.
+        keys: B :func:`image_key`.
+        read: rows -> their pixels on the encoder's device; called for the images of which something is missing.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        paths: Sequence[str],
+        store: FeatureStore,
+        keys: Sequence[bytes],
+        read: Callable[[Sequence[int]], torch.Tensor],
+    ) -> None:
+        super().__init__(backbone, torch.empty(0), paths)
+        self._store, self._keys, self._read = store, keys, read
+
+    def _encode(self) -> torch.Tensor:
+        found = self._store.look_up(self._keys, lambda rows: self.backbone.encode_image(self._read(rows)))
+        return found.to(self.backbone.logit_scale.device)
+
+    def _encode_pasted(
+        self, blocks: torch.Tensor, owner: torch.Tensor, classes: torch.Tensor, places: torch.Tensor, store: bool
+    ) -> torch.Tensor:
+        at, pairs = places.tolist(), list(zip(owner.tolist(), classes.tolist()))
+        keys = [digest(self._keys[i], *at[i], self._store.block_digest(blocks, c)) for i, c in pairs]
+
+        def encode(missing: list[int]) -> torch.Tensor:
+            images = sorted({pairs[n][0] for n in missing})
+            rows = torch.tensor([images.index(pairs[n][0]) for n in missing])
+            some = classes[torch.tensor(missing, device=classes.device)]
+            return encode_pasted(self.backbone, self._read(images), blocks, rows, some, places[images])
+
+        return self._store.look_up(keys, encode, store).to(self.backbone.logit_scale.device)
+
+
+# ------------------------------------------------------------------------------------------------- cached in memory
+
+
+class ViewCache:
+    """R augmented views of every training image, each encoded once (``VIEWS``).
+
+    A view and the place of its block are functions of (seed, image, number of the view). A view's pixels are made only
+    when something of it has to be encoded: its own feature the first time, and that of a class-conditional copy when
+    mining asks for a class for the first time. So later epochs hardly touch images.
+
+    Memory: N * R * E numbers for the views and as many again for each class that is asked for.
+
+    Args:
+        backbone: its image encoder.
+        items: N images with ``impath`` and ``label``.
+        transform: the augmentation, PIL image -> (3, H, W).
+        views: R.
+        seed: of the views.
+        room: bytes of images that stay decoded; the others are read again when they are needed.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        items: Sequence[Any],
+        transform: Callable[[Any], torch.Tensor],
+        views: int,
+        seed: int,
+        room: float = 2**30,
+    ) -> None:
+        self.backbone, self.items, self.transform, self.views, self.seed = backbone, items, transform, views, seed
+        self._decoded: dict[int, Any] = {}
+        self._room = room
+        self._rows: dict[Key, int] = {}  # of _features
+        self._features = torch.empty(0)
+        self._groups: list[torch.Tensor] = []  # (n, 5) keys that were encoded together, in that order
+        self._group_of: dict[Key, int] = {}  # group of the keys that an earlier process encoded
+        draw = torch.Generator().manual_seed(seed)
+        self.uniform = torch.rand(len(items), views, 2, dtype=torch.float64, generator=draw)
+
+    def __len__(self) -> int:
+        """Number of cached features."""
+        return len(self._rows)
+
+    def batch(self, index: torch.Tensor, epoch: int) -> ViewBatch:
+        """The images numbered ``index`` (B,), in the view whose turn it is in an epoch."""
+        return ViewBatch(self, index.tolist(), epoch % self.views)
+
+    def pixels(self, i: int, view: int) -> torch.Tensor:
+        """(3, H, W) of a view."""
+        image = self._decoded.get(i) or read_image(self.items[i].impath)
+        size = 3 * image.width * image.height
+        if i not in self._decoded and self._room >= size:
+            self._decoded[i], self._room = image, self._room - size
+        with seeded(seed_of(f"{self.seed}/{i}/{view}")):
+            return self.transform(image)
+
+    def look_up(self, keys: Sequence[Key], blocks: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """(P, E) features of P keys, not of unit length; missing ones are encoded.
+
+        The last digits of a feature depend on what is encoded with it. So keys that the run encoded before it was
+        killed are encoded in the same groups again.
+        """
+        for key in keys:
+            if key not in self._rows and key in self._group_of:
+                self._encode([tuple(k) for k in self._groups[self._group_of[key]].tolist()], blocks)
+        missing = list(dict.fromkeys(key for key in keys if key not in self._rows))
+        if missing:
+            self._groups.append(torch.tensor(missing, dtype=torch.int32))
+            self._encode(missing, blocks)
+        return self._features[[self._rows[key] for key in keys]]
+
+    def _encode(self, keys: Sequence[Key], blocks: Optional[torch.Tensor]) -> None:
+        """Encode keys of one view, all of them with a class or all without."""
+        view = keys[0][1]
+        images = sorted({key[0] for key in keys})
+        device = self.backbone.logit_scale.device
+        pixels = torch.stack([self.pixels(i, view) for i in images]).to(device)
+        position = {i: n for n, i in enumerate(images)}
+        rows = torch.tensor([position[key[0]] for key in keys])
+        if keys[0][2] < 0:
+            self._add(keys, self.backbone.encode_image(pixels[rows]))
+            return
+        place_of = {key[0]: key[3:] for key in keys}
+        places = torch.tensor([place_of[i] for i in images])
+        classes = torch.tensor([key[2] for key in keys])
+        self._add(keys, encode_pasted(self.backbone, pixels, blocks, rows, classes, places))
+
+    def _add(self, keys: Sequence[Key], features: torch.Tensor) -> None:
+        start, needed = len(self._rows), len(self._rows) + len(keys)
+        if needed > len(self._features):  # doubled, so that a feature is copied only a few times
+            grown = features.new_empty(max(needed, 2 * len(self._features)), features.shape[1])
+            grown[:start] = self._features[:start].view(start, features.shape[1])
+            self._features = grown
+        self._features[start:needed] = features
+        self._rows.update((key, start + n) for n, key in enumerate(keys))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What was encoded together, in order."""
+        sizes = torch.tensor([len(group) for group in self._groups], dtype=torch.int32)
+        return {"keys": torch.cat([torch.empty(0, 5, dtype=torch.int32), *self._groups]), "sizes": sizes}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Encode in the groups of the run whose :meth:`state_dict` this is, once their features are asked for."""
+        if state["keys"].shape[1] != 5:  # of an earlier version: features are encoded in new groups
+            return
+        self._groups = list(state["keys"].split(state["sizes"].tolist())) if len(state["sizes"]) else []
+        self._group_of = {tuple(key): n for n, group in enumerate(self._groups) for key in group.tolist()}
+
+
+class ViewBatch(ImageBatch):
+    """Training images of a :class:`ViewCache` in one view."""
+
+    def __init__(self, cache: ViewCache, index: Sequence[int], view: int) -> None:
+        super().__init__(cache.backbone, torch.empty(0))
+        self._cache, self._index, self._view = cache, index, view
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def uniform(self, seed: int) -> torch.Tensor:
+        return self._cache.uniform[self._index, self._view]
+
+    def _encode(self) -> torch.Tensor:
+        return self._cache.look_up([(i, self._view, -1, 0, 0) for i in self._index])
+
+    def _encode_pasted(
+        self, blocks: torch.Tensor, owner: torch.Tensor, classes: torch.Tensor, places: torch.Tensor, store: bool
+    ) -> torch.Tensor:
+        at, index = places.tolist(), self._index
+        pairs = zip(owner.tolist(), classes.tolist())
+        return self._cache.look_up([(index[i], self._view, c, *at[i]) for i, c in pairs], blocks)

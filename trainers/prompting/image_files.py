@@ -1,0 +1,86 @@
+"""Image files that a user names: files, folders, and everything below them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, Optional, Union
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from .data import open_image
+from .names import relative_path
+
+SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".apng")  # of images in a folder
+PathLike = Union[str, "os.PathLike[str]"]
+
+
+class Source(NamedTuple):
+    """An image file to predict."""
+
+    path: str
+    relative: str  # below the data root: decides where blocks are pasted
+    problem: str = ""  # why it cannot be read
+
+
+def find_images(
+    paths: Iterable[PathLike], roots: Sequence[str] = (), skipped: Optional[Callable[[str], None]] = None
+) -> Iterator[Source]:
+    """The given files, and the images in given folders and their subfolders, in order of name; one at a time.
+
+    In a folder, images are recognised by their suffix; hidden files are ignored. Links are followed, except to a folder
+    that contains them.
+
+    Args:
+        paths: files and folders.
+        roots: data roots. An image's relative path is the one below the first of them that contains it; without one,
+            the path below the given folder, or the name of a given file.
+        skipped: called with the path of every file in a folder that is not an image.
+    """
+    for path in map(os.fspath, paths):
+        if not os.path.isdir(path):
+            yield Source(path, _relative(path, [*roots, os.path.dirname(path)]))
+            continue
+        empty = True
+        for found, problem in _walk(path, frozenset(), skipped):
+            empty = False
+            yield Source(found, _relative(found, [*roots, path]), problem)
+        if empty:
+            yield Source(path, "", "no images in this folder")
+
+
+def _walk(
+    folder: str, above: frozenset[tuple[int, int]], skipped: Optional[Callable[[str], None]]
+) -> Iterator[tuple[str, str]]:
+    """(path, problem) of the images below a folder."""
+    try:
+        status = os.stat(folder)
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        yield folder, error.strerror
+        return
+    above = above | {(status.st_dev, status.st_ino)}
+    for path in (os.path.join(folder, name) for name in names):
+        if os.path.isdir(path):
+            below = os.stat(path)
+            if (below.st_dev, below.st_ino) not in above:
+                yield from _walk(path, above, skipped)
+        elif path.lower().endswith(SUFFIXES):
+            yield path, ""
+        elif skipped is not None:
+            skipped(path)
+
+
+def _relative(path: str, roots: Sequence[str]) -> str:
+    below = (relative_path(path, root) for root in roots)
+    found = next((relative for relative in below if not relative.startswith("../")), os.path.basename(path))
+    return found.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a file name need not be text
+
+
+def image_size(path: str) -> tuple[int, int]:
+    """Width and height from a file's header; 1 and 1 if it cannot be read, which read_image reports better."""
+    try:
+        with open_image(path) as image:
+            return image.size
+    except Exception:  # noqa: BLE001 (Pillow's errors are of any kind)
+        return 1, 1

@@ -1,0 +1,199 @@
+"""The contract between a method and the trainer: a method is a model, a loss and a score, and nothing else.
+
+A method file in ``trainers/`` subclasses :class:`Method` and registers a trainer that names it:
+
+    @TRAINER_REGISTRY.register()
+    class CoOp(PromptTrainer):
+        method_class = CoOpMethod
+
+Images, labels and text features are handed to it; it neither reads files nor knows loaders, checkpoints or optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Optional, Protocol
+
+import torch
+import torch.nn as nn
+from yacs.config import CfgNode
+
+from .backbone import Backbone
+from .config import Key, add_keys, rules_of, violations
+from .image_batch import ImageBatch
+
+
+@dataclass
+class Step:
+    """A training step.
+
+    Attributes:
+        losses: scalars by name; their sum is minimised.
+        logits: (B, C) of the original images, for the training accuracy.
+        log: further scalars for TensorBoard, by name.
+    """
+
+    losses: dict[str, torch.Tensor]
+    logits: torch.Tensor
+    log: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def total(self) -> torch.Tensor:
+        return sum(self.losses.values())
+
+
+@dataclass
+class Comparison:
+    """Scores of a batch, and what they are based on.
+
+    Attributes:
+        scores: (B, C), whose argmax is the prediction.
+        log_p: (B, C) log-probabilities behind the scores; -inf for classes that were not considered.
+        original: (B, C) log p(c|x) of the original images alone.
+        candidates: (B, K) classes that were compared; None: the original images decide alone.
+        conditional: (B, K) log p(c|x_c) of the candidates.
+        places: (B, 2) top and left of the blocks.
+    """
+
+    scores: torch.Tensor
+    log_p: torch.Tensor
+    original: torch.Tensor
+    candidates: Optional[torch.Tensor] = None
+    conditional: Optional[torch.Tensor] = None
+    places: Optional[torch.Tensor] = None
+
+
+class TrainingData(Protocol):
+    """What :meth:`Method.fit` and the stages of a method get to see of a data set."""
+
+    def train_features(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, E) features of the training images without augmentation, float32, not of unit length; (N,) labels."""
+
+    def val_features(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of the validation images; needs :meth:`Method.validation`."""
+
+
+def _nothing(data: TrainingData) -> None:
+    pass
+
+
+@dataclass
+class Stage:
+    """A part of training with a learning-rate schedule of its own.
+
+    Attributes:
+        epochs: 0 skips the stage.
+        lr: initial learning rate.
+        begin: called before the first epoch.
+        end: called after the last epoch.
+    """
+
+    epochs: int
+    lr: float
+    begin: Callable[[TrainingData], None] = _nothing
+    end: Callable[[TrainingData], None] = _nothing
+
+
+class Method(nn.Module):
+    """A model with its loss and its score.
+
+    Attributes:
+        config_name: its node below ``cfg.TRAINER``; empty without keys of its own.
+        keys: its config keys.
+        learns: False for methods without anything to train.
+        frozen_image_encoder: False for methods that change the encoder or its input: pixels are always read.
+        scaled_precisions: values of ``PREC`` that need loss scaling.
+        stage_keys: config keys that decide which epoch belongs to which stage; a run resumes only with equal values.
+        learned: everything that is trained and saved.
+
+    Args:
+        cfg: the whole config.
+        classnames: C class names.
+        backbone: frozen CLIP.
+    """
+
+    config_name = ""
+    keys: Mapping[str, Key] = {}
+    learns = True
+    frozen_image_encoder = True
+    scaled_precisions: tuple[str, ...] = ("amp",)
+    stage_keys: tuple[str, ...] = ()
+
+    def __init__(self, cfg: CfgNode, classnames: Sequence[str], backbone: Backbone) -> None:
+        super().__init__()
+        self.cfg, self.classnames, self.backbone = cfg, list(classnames), backbone
+        self.learned: Optional[nn.Module] = None
+
+    # Configuration
+
+    @classmethod
+    def extend_cfg(cls, cfg: CfgNode) -> None:
+        """Add the method's keys, and those that all methods share, to a config."""
+        add_keys(cfg, cls.keys, cls.config_name)
+
+    @classmethod
+    def config_errors(cls, cfg: CfgNode) -> list[str]:
+        """A line for every value of the method's keys that is not allowed."""
+        return list(violations(rules_of(cls.keys), cfg, f"TRAINER.{cls.config_name}."))
+
+    @classmethod
+    def precision(cls, cfg: CfgNode) -> str:
+        """The method's ``PREC``; without one CoOp's default: CLIP's own precision, float32 on a CPU."""
+        return cfg.TRAINER[cls.config_name].PREC if "PREC" in cls.keys else "clip"
+
+    @classmethod
+    def views(cls, cfg: CfgNode) -> int:
+        """Number of cached views of every training image; 0: images are augmented at every step."""
+        return 0
+
+    @classmethod
+    def validation(cls, cfg: CfgNode) -> Optional[tuple[str, str]]:
+        """The setting that needs validation images and the remedy where there are none; None: nothing needs them."""
+        return None
+
+    @property
+    def options(self) -> CfgNode:
+        """The method's own config node, for example ``cfg.TRAINER.COOP``."""
+        return self.cfg.TRAINER[self.config_name]
+
+    # Training
+
+    def loss(self, images: ImageBatch, label: torch.Tensor) -> Step:
+        """Losses and logits of B images with labels (B,)."""
+        raise NotImplementedError
+
+    def backward(self, step: Step, scale: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Compute gradients; ``scale`` multiplies a loss by the scale of mixed precision."""
+        scale(step.total).backward()
+
+    def after_step(self) -> None:
+        """Called after every step of the optimizer."""
+
+    def stages(self) -> list[Stage]:
+        """The stages of training; their epochs add up to ``OPTIM.MAX_EPOCH``."""
+        return [Stage(self.cfg.OPTIM.MAX_EPOCH, self.cfg.OPTIM.LR)]
+
+    def learning_rates(self) -> dict[nn.Parameter, float]:
+        """Parameters that do not learn at ``OPTIM.LR``, with their rates; they get no weight decay."""
+        return {}
+
+    def fit(self, data: TrainingData) -> float:
+        """Learn without gradients, in place of all epochs; returns the accuracy on training images in percent."""
+        raise NotImplementedError
+
+    # Evaluation
+
+    def text_features(self) -> Optional[torch.Tensor]:
+        """(C, E) text features of unit length, computed once per evaluation; None if they depend on the image."""
+        return None
+
+    def score(self, images: ImageBatch, text_features: Optional[torch.Tensor]) -> torch.Tensor:
+        """(B, C) scores, whose argmax is the prediction."""
+        raise NotImplementedError
+
+    def compare(self, images: ImageBatch, text_features: Optional[torch.Tensor]) -> Comparison:
+        """Scores with what they are based on, for metrics and explanations."""
+        scores = self.score(images, text_features)
+        log_p = torch.log_softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        return Comparison(scores, log_p, log_p)

@@ -1,0 +1,202 @@
+"""CLIP's text encoder g, run on prompt embeddings.
+
+The encoder is causal and its feature is read at the end-of-text token, so nothing behind that token matters: prompts
+end there instead of being padded to 77 tokens. The beginning that all prompts share, [SOS] and a context, is the same
+for all of them in every layer and is encoded once. Both are exact, gradients included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .backbone import Backbone
+from .errors import UserError
+
+MAX_PADDING_TOKENS = 64  # in a pass over the layers; beyond that prompts of other lengths get a pass of their own
+
+
+def encode_tokens(backbone: Backbone, texts: Sequence[str], reserved: int = 0) -> list[list[int]]:
+    """Token ids of each text followed by [EOT], without [SOS].
+
+    Args:
+        reserved: further positions that the prompt needs (context vectors).
+
+    Raises:
+        UserError: a prompt exceeds the text encoder's context length.
+    """
+    tokens = [[*backbone.tokenizer.encode(text), backbone.eot_token] for text in texts]
+    room = backbone.context_length - 1 - reserved
+    for text, ids in zip(texts, tokens):
+        if len(ids) > room:
+            raise UserError(
+                f'the prompt for "{text[:60]}" needs {len(ids) + 1 + reserved} tokens, {backbone.name} takes '
+                f"{backbone.context_length}: shorten the class name or the context (N_CTX, CTX_INIT)"
+            )
+    return tokens
+
+
+def embed_tokens(backbone: Backbone, tokens: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of unequal length -> (N, L, D) embeddings with [SOS] in front, and (N,) position of each last token.
+
+    L is the length of the longest sequence; shorter ones are padded with token 0, as in CLIP.
+    """
+    last = torch.tensor([len(ids) for ids in tokens])
+    ids = torch.zeros(len(tokens), int(last.max()) + 1, dtype=torch.long)
+    for row, sequence in zip(ids, tokens):
+        row[: len(sequence) + 1] = torch.tensor([backbone.sot_token, *sequence])
+    device = backbone.token_embedding.weight.device
+    with torch.no_grad():
+        embeddings = backbone.token_embedding(ids.to(device)).to(backbone.dtype)
+    return embeddings, last.to(device)
+
+
+class TextEncoder(nn.Module):
+    """g: prompt embeddings -> text features. It has no weights of its own.
+
+    Args:
+        chunk: classes encoded at a time. Activations are then held for one chunk and recomputed in the backward pass:
+            memory hardly grows with C, but a pass takes at least half as long again. 0: all classes at once.
+    """
+
+    def __init__(self, backbone: Backbone, chunk: int = 0) -> None:
+        super().__init__()
+        self.backbone, self.chunk = backbone, chunk
+
+    def forward(self, prompts: torch.Tensor, eot: torch.Tensor, prefix: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Encode prompts up to their end-of-text tokens.
+
+        Args:
+            prompts: (C, L, D) embeddings beginning with [SOS], L at most the context length; embeddings behind [EOT]
+                have no influence. With a prefix: the embeddings that follow it.
+            eot: (C,) position of [EOT] in each of ``prompts``, preferably on the CPU.
+            prefix: (P, D) or (B, P, D) embeddings beginning with [SOS] that every prompt starts with; B of them make B
+                prompts of every class (CoCoOp: one prefix per image). Each is encoded once, whatever C is.
+
+        Returns:
+            (C, E) text features of unit length, (B, C, E) for B prefixes.
+        """
+        before = None if prefix is None else self._keys_and_values(prefix if prefix.dim() == 3 else prefix.unsqueeze(0))
+        last = eot.tolist()
+        passes = [part for members in length_buckets(last) for part in _split(members, self.chunk)]
+        encode = self._encode
+        if self.chunk and len(passes) > 1 and torch.is_grad_enabled():
+            encode = partial(checkpoint, self._encode, use_reentrant=False)
+        features = []
+        for members in passes:
+            length = last[members[0]] + 1  # of the longest
+            features.append(encode(prompts, members, length, [last[i] for i in members], before))
+        order = torch.tensor([i for members in passes for i in members], device=prompts.device).argsort()
+        found = torch.cat(features, dim=-2).index_select(-2, order)
+        return found.squeeze(0) if prefix is not None and prefix.dim() == 2 else found
+
+    def _encode(
+        self, prompts: torch.Tensor, members: list[int], length: int, last: list[int], before: Optional[list[Any]]
+    ) -> torch.Tensor:
+        """Encode the prompts ``members``, cut to ``length``, after a prefix given by its keys and values, if any."""
+        clip = self.backbone
+        start = 0 if before is None else before[0][0].shape[-2]
+        x = prompts[members, :length] + clip.positional_embedding[start : start + length].to(prompts.dtype)
+        if before is not None:
+            x = x.expand(len(before[0][0]), -1, -1, -1)
+        for i, block in enumerate(clip.blocks):
+            x, _, _ = self._block(block, x, None if before is None else before[i])
+        x = clip.ln_final(x[..., torch.arange(len(members)), last, :])
+        return F.normalize(x.to(clip.dtype) @ clip.text_projection, dim=-1)
+
+    def _keys_and_values(self, prefix: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(B, P, D) embeddings -> keys and values of every layer, (B, heads, P, d) each."""
+        clip, found = self.backbone, []
+        x = prefix + clip.positional_embedding[: prefix.shape[-2]].to(prefix.dtype)
+        for block in clip.blocks:
+            x, k, v = self._block(block, x)
+            found.append((k, v))
+        return found
+
+    def _block(
+        self, block: nn.Module, x: torch.Tensor, before: Optional[tuple[torch.Tensor, torch.Tensor]] = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One residual attention block under the causal mask, on the weights of either package's block.
+
+        Args:
+            x: (C, L, D), or (B, C, L, D) where ``before`` holds keys and values of B prefixes, (B, heads, P, d) each.
+
+        Returns:
+            ``x`` after the block, and this layer's keys and values, (…, heads, L, d) or (B, heads, C, L, d).
+        """
+        heads = self.backbone.n_head
+        qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
+        q, k, v = (
+            t.unflatten(-1, (heads, -1)).movedim(-2, 1) for t in qkv.chunk(3, dim=-1)
+        )  # heads after the first dimension
+        if before is None:
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            attended = _attend(q, k, v, *before)
+        x = x + _scaled(block, "ls_1", block.attn.out_proj(attended.movedim(1, -2).flatten(-2)))
+        return x + _scaled(block, "ls_2", block.mlp(block.ln_2(x))), k, v
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_before: torch.Tensor, v_before: torch.Tensor
+) -> torch.Tensor:
+    """Causal attention to a shared prefix and to the tokens after it, under one softmax.
+
+    One matrix product meets the prefix with the queries of all classes; its keys and values are not repeated.
+
+    Args:
+        q, k, v: (B, heads, C, S, d) of the tokens after the prefix.
+        k_before, v_before: (B, heads, P, d) of the prefix.
+
+    Returns:
+        (B, heads, C, S, d).
+    """
+    n, length, p = q.shape[2], q.shape[3], k_before.shape[2]
+    q = (q * q.shape[-1] ** -0.5).contiguous()
+    to_prefix = (q.flatten(2, 3) @ k_before.transpose(-1, -2)).unflatten(2, (n, length))  # (B, heads, C, S, P)
+    later = torch.full((length, length), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    to_own = q @ k.transpose(-1, -2) + later  # (B, heads, C, S, S)
+    scores = torch.cat([to_prefix, to_own], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
+    to_prefix, to_own = weights.split([p, length], dim=-1)
+    return (to_prefix.flatten(2, 3) @ v_before).unflatten(2, (n, length)) + to_own @ v
+
+
+def length_buckets(lengths: list[int]) -> list[list[int]]:
+    """Indices of the prompts to encode together, longest first, so that a few long names do not pad all others.
+
+    A pass over the layers has a cost too, so each bucket accepts up to ``MAX_PADDING_TOKENS`` tokens of padding.
+    """
+    passes: list[list[int]] = []
+    padding = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        shorter = lengths[passes[-1][0]] - lengths[i] if passes else 0
+        if not passes or (shorter and padding + shorter > MAX_PADDING_TOKENS):
+            passes.append([])
+            padding = shorter = 0
+        passes[-1].append(i)
+        padding += shorter
+    return passes
+
+
+def _split(members: list[int], chunk: int) -> list[list[int]]:
+    """``chunk`` indices at a time; 0: all of them."""
+    return [members[i : i + chunk] for i in range(0, len(members), chunk)] if chunk else [members]
+
+
+def _scaled(block: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:
+    """open_clip's LayerScale, the identity for CLIP itself; OpenAI's block has none."""
+    return getattr(block, name)(x) if hasattr(block, name) else x
+
+
+@torch.no_grad()
+def encode_texts(backbone: Backbone, texts: Sequence[str]) -> torch.Tensor:
+    """Hand-made prompts -> (N, E) text features of unit length (zero-shot CLIP, Eq. 1)."""
+    embeddings, eot = embed_tokens(backbone, encode_tokens(backbone, texts))
+    return TextEncoder(backbone)(embeddings, eot)
