@@ -19,8 +19,8 @@ from yacs.config import CfgNode
 import datasets
 from dataset_sources import Source
 from datasets.splits import check_labels
-from trainers.prompting.errors import UserError
 from trainers.prompting.data import FORMATS
+from trainers.prompting.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "datasets"
 CHUNK = 32  # images that a thread takes at a time

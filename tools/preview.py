@@ -30,8 +30,8 @@ from torchvision.utils import make_grid
 
 from trainers.logoprompt import draw_visual_prompts
 from trainers.prompting.checkpoints import load_checkpoint
-from trainers.prompting.errors import UserError
 from trainers.prompting.data import read_image
+from trainers.prompting.errors import UserError
 from trainers.prompting.names import relative_path
 from trainers.prompting.synthetic import VisualPrompts, fixed_places, paste
 from trainers.prompting.trainer import per_class_state

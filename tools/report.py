@@ -130,9 +130,10 @@ def example_predictions(runs: pd.DataFrame, n: int) -> tuple[list[Picture], Any,
 
 def predict(folder: str, n: int) -> list[Picture]:
     """``n`` of 3n test images of a run's data set, spread over its classes; those changed by selection come first."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a report downloads nothing
     sys.path.insert(0, str(ROOT))
     from trainers.predictor import Predictor, run_config, survey  # takes seconds to import
-    from trainers.prompting.backbone import CACHE, OPENAI_NAMES
+    from trainers.prompting.backbone import CACHE, OPENAI_MODELS
 
     cfg = run_config(folder)
     classnames, items = survey(cfg)
@@ -144,8 +145,8 @@ def predict(folder: str, n: int) -> list[Picture]:
     if missing:  # before weights are read
         raise FileNotFoundError(f"{missing}: no such file")
     name = cfg.MODEL.BACKBONE.NAME
-    if name in OPENAI_NAMES and not list(Path(CACHE).expanduser().glob(f"{OPENAI_NAMES[name]}*.pt")):
-        raise FileNotFoundError(f"the weights of {name} are not in {CACHE}")  # a report downloads nothing
+    if name in OPENAI_MODELS and not list(Path(CACHE).expanduser().glob(f"{OPENAI_MODELS[name][0]}[.p]*")):
+        raise FileNotFoundError(f"the weights of {name} are not in {CACHE}")
     explained = tqdm(Predictor(folder, classnames).explain(truth), total=len(truth), disable=None)
     found = [explanation for explanation in explained if not explanation.prediction.error]
     if not found:

@@ -300,7 +300,8 @@ def setting_table(runs: pd.DataFrame, scope: str, shots: int, report: Report) ->
     columns = {"base2new": ["base", "new"], "few_shot": list(shots_of)}.get(kind, ["accuracy"])
     column = {"base2new": runs.subset, "few_shot": runs.shots.map(shots_text)}.get(kind, "accuracy")
     values = runs.assign(section=runs.dataset, column=column)
-    values = values.pivot(index=["section", "row", "seed"], columns="column", values="accuracy")[columns]
+    values = values.pivot(index=["section", "row", "seed"], columns="column", values="accuracy")
+    values = values.reindex(columns=columns)
     info = runs.groupby("row").agg({"method": "first", "backbone": "first", "learned": "any"})
     if kind == "few_shot":  # an untrained method has the same accuracy with all shots
         untrained = ~values.index.get_level_values("row").map(info.learned).to_numpy(bool)
