@@ -81,7 +81,7 @@ def markdown(report: Report, figure_files: Sequence[str] = ()) -> str:
 
 def summary(report: Report) -> str:
     return (
-        f"{len(report.runs)} runs, seeds {', '.join(map(str, report.seeds))}. Test accuracy in %, mean ± standard "
+        f"Runs: {len(report.runs)}, seeds: {', '.join(map(str, report.seeds))}. Test accuracy in %, mean ± standard "
         "deviation (of the sample) over seeds; with the paper's value and the difference; bold is the best."
     )
 
@@ -183,7 +183,9 @@ def page(report: Report, figure_files: dict[str, bytes], galleries: dict[str, li
     runs = runs[["accuracy", "method", "dataset", "shots", "seed", "classes", "backbone", "folder"]]
     frame = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     table = runs.to_html(index=False, border=0, float_format="{:.2f}".format)
-    return frame.replace("<!-- report -->", f"{body}<details><summary>All {len(runs)} runs</summary>{table}</details>")
+    return frame.replace(
+        "<!-- report -->", f"{body}<details><summary>All runs ({len(runs)})</summary>{table}</details>"
+    )
 
 
 # ------------------------------------------------------------------------------------------------- command line

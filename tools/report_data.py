@@ -45,7 +45,7 @@ PAPER_SHOTS = 16
 PAPER = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 PUBLISHED = {  # kind -> data sets and "average" by (method, column)
     kind: pd.DataFrame(
-        {dataset: map(float, line.split()) for dataset, line in table["rows"].items()},
+        {dataset: list(map(float, line.split())) for dataset, line in table["rows"].items()},
         pd.MultiIndex.from_product([table["methods"], table["columns"]]),
     ).T
     for kind, table in PAPER.items()
