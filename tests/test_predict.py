@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import report_examples
+import report_tables
 import torch
 import trees
 from conftest import ROOT
@@ -23,8 +25,6 @@ from tiny import NAMES, SIZE, arguments
 
 import predict
 import report
-import report_examples
-import report_tables
 import train
 from trainers.predictor import AHEAD, Predictor, find_images, survey
 from trainers.prompting.data import read_image

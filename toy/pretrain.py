@@ -43,7 +43,8 @@ from tqdm import tqdm
 from toy.drawing import KINDS, STYLES, draw, named_colour
 from trainers.prompting.backbone import load_clip
 from trainers.prompting.errors import UserError
-from trainers.prompting.synthetic import block_size, contrast, paste, random_places, render_blocks
+from trainers.prompting.paste import block_size, paste, places_of
+from trainers.prompting.render import contrast, render_blocks
 
 SIZE = 96  # input resolution; a strip of 1/7 has 14 pixels
 VISION = {"layers": (2, 2, 2, 2), "width": 16, "head_width": 64, "image_size": SIZE}
@@ -330,7 +331,7 @@ def save(value: Any, path: Path) -> None:
 @torch.no_grad()
 def report(path: str, seed: int, n: int = 2000, workers: int = 2) -> dict[str, float]:
     """Return accuracies in percent of a checkpoint on ``n`` drawings and renderings not used in pre-training."""
-    from trainers.prompting.text import encode_texts
+    from trainers.prompting.text_encoder import encode_texts
 
     backbone = load_clip(path)
     kinds, vocabulary = list(KINDS), list(KINDS) + words()
@@ -358,7 +359,7 @@ def report(path: str, seed: int, n: int = 2000, workers: int = 2) -> dict[str, f
     results = {"zero-shot, pre-training styles": accuracy(drawings, kind_of, photo)}
     plain = torch.rand(n, 3, 1, 1, generator=generator).expand(n, 3, SIZE, SIZE)
     torch.manual_seed(seed)
-    places = random_places(n, SIZE, block, "random")
+    places = places_of(torch.rand(n, 2, dtype=torch.float64), SIZE, block, "random")
     for title, names, texts in (
         ("read the class name on the default block, among class names", kinds, photo),
         ("read any word on the default block, among all words", vocabulary, written),

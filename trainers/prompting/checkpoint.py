@@ -48,7 +48,7 @@ def write_checkpoint(path: str, checkpoint: dict[str, Any]) -> None:
 def read_checkpoint(path: str) -> dict[str, Any]:
     """A checkpoint, on the CPU, without executing anything in it. Raises UserError for any other file.
 
-    Those of the original CoOp and CoCoOp hold no class names: class-specific contexts then belong to the current classes,
+    Those of the original CoOp and CoCoOp hold no class names: class-specific contexts belong to the current ones,
     in their order.
     """
     try:
