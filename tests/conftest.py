@@ -15,6 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests" / "soak")]
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threads would wait for each other
+
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from tiny import ARCHITECTURES, arguments, caltech_tree, clip_state_dict  # noqa: E402
@@ -165,6 +167,19 @@ def start(argv, prepare=lambda trainer: None):
             loader._iterator._shutdown_workers()  # before those of another run start: they would wait for each other
             loader._iterator = None
     return Run(status, Path(argv[argv.index("--output-dir") + 1]), trainer, error.getvalue())
+
+
+def interrupt(epoch):
+    """Prepare a trainer that is interrupted in an epoch, counted from 0."""
+
+    def prepare(trainer):
+        def after_step():
+            if trainer.epoch == epoch:
+                raise KeyboardInterrupt
+
+        trainer.model.after_step = after_step
+
+    return prepare
 
 
 @pytest.fixture
