@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,6 +209,13 @@ def trained(data_root, rn_file, tmp_path_factory):
         return runs[trainer]
 
     return call
+
+
+def run_script(cwd, script, *words, **environment):
+    """Run ``scripts/<script>.sh`` as a user does. ``PYTHON="echo"`` prints the runs that it would make."""
+    environment = {**os.environ, "PYTHON": sys.executable, "CFG": "photo64_ep50_ctxv1", "SHOTS": "2", **environment}
+    command = ["bash", str(script if os.path.isabs(script) else ROOT / "scripts" / f"{script}.sh"), *words]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 def differences(a, b, where=""):
