@@ -126,7 +126,8 @@ class Run:
 
     @property
     def log(self):
-        return (self.folder / "log.txt").read_text()
+        """Of the last run; a further run in the folder starts a new file."""
+        return max(self.folder.glob("log.txt*"), key=lambda path: path.stat().st_mtime_ns).read_text()
 
     @property
     def checkpoints(self):

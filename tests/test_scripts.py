@@ -212,8 +212,9 @@ def test_cocoop_scripts_make_the_runs_of_scripts_logo(tmp_path, trainer, name):
     own = {} if trainer == "CoCoOp" else {"TRAINER": trainer}
     halves = [runs(tmp_path, f"cocoop/base2new_{half}", "caltech101", "2", **own)[0] for half in ("train", "test")]
     assert halves == runs(tmp_path, "logo/base2new", "caltech101", "2", TRAINER=trainer)
-    assert {config(call) for call in halves} == {name}
-    assert halves[0]["--output-dir"] == str(tmp_path / f"out/base2new/train_base/caltech101/shots_16/{name}/seed2")
+    assert {config(call) for call in halves} == {f"{trainer}/{name}"}
+    folder = f"out/base2new/train_base/caltech101/shots_16/{trainer}/{name}/seed2"
+    assert halves[0]["--output-dir"] == str(tmp_path / folder)
 
     places = {"SOURCE": "shapes", **own}
     (trained,) = runs(tmp_path, "cocoop/xd_train", "3", "OPTIM.LR", "0.1", **places)
