@@ -1,6 +1,7 @@
 """Paths, fixtures and runs of ``train.py`` that all tests share."""
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -45,6 +46,11 @@ def pytest_configure(config):
         from dassl.utils.logger import Logger
 
         Logger.__del__ = lambda self: None
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # so that collecting the garbage of runs is quick
 
 
 def pytest_report_header(config):
@@ -163,6 +169,7 @@ def start(argv, prepare=lambda trainer: None):
                 status = train.main(argv)
             finally:
                 sys.stdout.flush()  # log.txt
+    gc.collect()  # models of earlier runs
     trainer = built[0] if built else None
     for loader in (trainer.train_loader_x, trainer.test_loader) if trainer else ():
         if loader.num_workers and loader._iterator is not None:

@@ -52,17 +52,6 @@ def test_class_that_was_not_trained_is_refused(run, trainer, entry, opts):
     assert f'was not trained on "{NAMES[4]}" and 3 more of these classes' in line
 
 
-@pytest.mark.parametrize("trainer", ["CoOp", "CoCoOp", "LoGoPrompt"])
-def test_base_model_serves_new_and_all_classes(trained, run, trainer):
-    first = trained(trainer)
-    for subset, n in (("new", 4), ("all", 8)):
-        opts, flags = ("DATASET.SUBSAMPLE_CLASSES", subset), ["--eval-only", "--model-dir", first.folder]
-        found = run(trainer, *opts, flags=flags, out=subset)
-        assert (found.results["classes"], found.results["images"]) == (n, 4 * n)
-        if trainer != "LoGoPrompt":  # whose contexts belong to classes
-            assert differences(first.outcome["state"], found.outcome["state"]) == []
-
-
 class PerClass(nn.Module):
     """A row for each class, and one parameter that all share."""
 

@@ -23,11 +23,11 @@ def pixels():
 def build(clip_file):
     """Builds a CoCoOp model in float64 whose prompts depend clearly on the image."""
 
-    def call(chunk=8, n_ctx=4):
+    def call(chunk):
         torch.manual_seed(1)
         cfg = CN({"TRAINER": CN(), "TRAIN": CN(), "TEST": CN()})
         cocoop.extend_cfg(cfg)
-        cfg.TRAINER.COCOOP.merge_from_list(["N_CTX", n_ctx, "CHUNK", chunk])
+        cfg.TRAINER.COCOOP.merge_from_list(["N_CTX", 4, "CHUNK", chunk])
         model = cocoop.CustomCLIP(cfg, CLASSES, load_clip(clip_file)).double()
         for parameter in model.learned.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
@@ -90,23 +90,3 @@ def test_memory_is_bounded_by_the_chunk(build, pixels):
     chunked, passes = measure(1, B)
     assert one_pass == 1 and passes == 2 * B
     assert chunked < single / 4 < whole / 8
-
-
-def test_state_dict_is_that_of_published_checkpoints(build):
-    model = build(n_ctx=16)
-    width, n_features = model.backbone.text_projection.shape
-    hidden = max(1, n_features // 16)
-    shapes = {name: tuple(value.shape) for name, value in model.learned.state_dict().items()}
-    net = {"linear1.weight": (hidden, n_features), "linear1.bias": (hidden,), "linear2.weight": (width, hidden)}
-    assert shapes == {"ctx": (16, width), **{f"meta_net.{k}": v for k, v in {**net, "linear2.bias": (width,)}.items()}}
-
-
-def test_autocast_leaves_scores_in_float32(build, pixels):
-    model = build(chunk=2).float()
-    exact = scores(model, pixels.float())
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = scores(model, pixels.float())
-    assert rough.dtype == torch.float32
-    rough.sum().backward()
-    assert model.learned.ctx.grad.abs().max() > 0
-    torch.testing.assert_close(rough, exact, atol=5, rtol=0)  # of cosines times 100

@@ -1,7 +1,5 @@
 """Configs: every mistake is reported, all at once and before anything is loaded; files are what their names say."""
 
-import contextlib
-import io
 import math
 import re
 from pathlib import Path
@@ -9,16 +7,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, start
 from dassl.config import get_cfg_default
-from dassl.data.transforms import INTERPOLATION_MODES, build_transform
 from dassl.engine import TRAINER_REGISTRY
-from dassl.optim import build_lr_scheduler, build_optimizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny import NAMES, SIZE, arguments
+from tiny import arguments
 
 import train
-from trainers.prompting.backbone import load_clip
-from trainers.prompting.config import DASSL_RULES, PRECISIONS, SHARED_KEYS, violation
+from trainers.prompting.config import DASSL_RULES, SHARED_KEYS, violation
 from trainers.prompting.errors import UserError
 from trainers.prompting.names import flat_config
 from trainers.prompting.trainer import PromptTrainer
@@ -150,88 +143,14 @@ def test_dassl_s_hook_reports_all_mistakes_too(trainer):
     assert sorted(line.split()[0] for line in str(caught.value).splitlines()) == sorted(wrong)
 
 
-@pytest.fixture(scope="module")
-def backbone(rn_file):
-    return load_clip(rn_file)
-
-
-@st.composite
-def valid(draw, trainer):
-    """Values of any keys that go together."""
-    epochs = draw(st.integers(1, 6))
-    values = {
-        "OPTIM.NAME": st.sampled_from(["sgd", "adam", "adamw", "rmsprop"]),
-        "OPTIM.LR": st.one_of(st.integers(0, 2), st.floats(0, 10)),
-        "OPTIM.WEIGHT_DECAY": st.floats(0, 1),
-        "OPTIM.LR_SCHEDULER": st.sampled_from(["cosine", "single_step", "multi_step"]),
-        "OPTIM.STEPSIZE": st.lists(st.integers(1, 9), min_size=1, max_size=3).map(lambda x: tuple(sorted(x))),
-        "OPTIM.WARMUP_EPOCH": st.integers(-1, 3),
-        "OPTIM.WARMUP_TYPE": st.sampled_from(["constant", "linear"]),
-        "INPUT.TRANSFORMS": st.lists(
-            st.sampled_from(["random_resized_crop", "random_flip", "normalize", "colorjitter", "gaussian_blur"])
-        ).map(tuple),
-        "INPUT.INTERPOLATION": st.sampled_from(list(INTERPOLATION_MODES)),
-        "DATASET.NUM_SHOTS": st.integers(-1, 16),
-        "DATALOADER.NUM_WORKERS": st.integers(0, 8),
-        "SEED": st.integers(-1, 99),
-    }
-    context = {
-        "N_CTX": st.integers(1, 60),
-        "CTX_INIT": st.sampled_from(["", "a photo of a", "word " * 10]),
-        "PREC": st.sampled_from(PRECISIONS),
-    }
-    own = {
-        "CoOp": {**context, "CSC": st.booleans(), "CLASS_TOKEN_POSITION": st.sampled_from(["end", "middle", "front"])},
-        "CoCoOp": {**context, "CHUNK": st.integers(1, 99)},
-        "LoGoPrompt": {
-            **context,
-            "TEXT_PROMPT": st.sampled_from(["two_stage", "generic"]),
-            "STAGE1_EPOCHS": st.integers(-1, epochs - max(1, epochs // 5)),
-            "MLP_REDUCTION": st.integers(1, 100),
-            "VISUAL_PROMPT": st.sampled_from(["selection", "paired", "text_augmentation"]),
-            "K": st.integers(1, 20),
-            "BLOCK_HEIGHT": st.floats(0.01, 1),
-            "BLOCK_WIDTH": st.floats(0.01, 1),
-            "MIN_CONTRAST": st.floats(1, 10),
-            "VISUAL_SEED": st.integers(),
-            "TUNE_VISUAL": st.booleans(),
-            "ADAPTER": st.booleans(),
-        },
-    }
-    values.update({f"TRAINER.{trainer.upper()}.{key}": value for key, value in own[trainer].items()})
-    return draw(st.fixed_dictionaries({"OPTIM.MAX_EPOCH": st.just(epochs)}, optional=values))
-
-
-@pytest.mark.parametrize("trainer", ["CoOp", "CoCoOp", "LoGoPrompt"])
-def test_any_valid_config_passes_and_builds(trainer, backbone):
-    @settings(max_examples=15)
-    @given(values=valid(trainer))
-    def check(values):
-        cfg = config(trainer, **{"INPUT.SIZE": (SIZE, SIZE)})
-        assert train.merge_pairs(cfg, [word for pair in values.items() for word in pair]) == []
-        assert KINDS[trainer].config_errors(cfg) == []
-        with contextlib.redirect_stdout(io.StringIO()):
-            assert build_transform(cfg, is_train=True) and build_transform(cfg, is_train=False)
-            method = KINDS[trainer].method_class(cfg, NAMES, backbone)
-        assert build_lr_scheduler(build_optimizer(method.learned, cfg.OPTIM), cfg.OPTIM)
-        epochs = [stage.epochs for stage in method.stages()]
-        assert sum(epochs) == cfg.OPTIM.MAX_EPOCH and min(epochs) >= 0
-
-    check()
-
-
 # ------------------------------------------------------------------------------------------------- files, command line
 
 
 @pytest.fixture
 def fails(data_root, rn_file, tmp_path, monkeypatch):
     """Lines that ``train.py`` ends with, without having loaded anything."""
-
-    def load(*_, **__):
-        raise AssertionError("something was loaded")
-
-    monkeypatch.setattr("trainers.prompting.trainer.load_clip", load)
-    monkeypatch.setattr("trainers.prompting.trainer.DataManager", load)
+    for name in ("load_clip", "DataManager"):
+        monkeypatch.setattr(f"trainers.prompting.trainer.{name}", None)
 
     def call(*opts, **files):
         argv = arguments("LoGoPrompt", data_root, rn_file, tmp_path / "out", *opts)
@@ -239,9 +158,7 @@ def fails(data_root, rn_file, tmp_path, monkeypatch):
             argv[argv.index("--" + flag.replace("_", "-")) + 1] = str(path)
         done = start(argv)
         assert done.status == 2 and not (tmp_path / "out").exists()
-        lines = done.error.splitlines()
-        assert all(line.startswith("error: ") for line in lines)
-        return [line[len("error: ") :] for line in lines]
+        return [line.removeprefix("error: ") for line in done.error.splitlines()]
 
     return call
 
@@ -292,8 +209,7 @@ def test_whole_numbers_are_numbers(tmp_path):
     cfg = config("CoOp")
     assert train.merge_file(cfg, str(path), "--config-file") == []
     assert (cfg.OPTIM.LR, cfg.OPTIM.WEIGHT_DECAY) == (2.0, 5e-4) and type(cfg.OPTIM.LR) is float
-    assert train.merge_pairs(cfg, ["OPTIM.LR", "3", "INPUT.SIZE", "[32, 32]", "OPTIM.NAME", "'sgd'"]) == []
-    assert type(cfg.OPTIM.LR) is float and (cfg.INPUT.SIZE, cfg.OPTIM.NAME) == ((32, 32), "sgd")
+    assert train.merge_pairs(cfg, ["OPTIM.LR", "3"]) == [] and type(cfg.OPTIM.LR) is float
     assert train.merge_pairs(cfg, ["OPTIM.MAX_EPOCH", "2.0"]) != []
     assert train.merge_pairs(cfg, ["OPTIM.LR", "1" + 400 * "0"]) != []  # too large for a float
 
@@ -340,10 +256,6 @@ def read_config(path):
     return train.setup_cfg(train.parse_args(flags))
 
 
-def names(trainer):
-    return {path.stem for path in FILES if path.parent.name == trainer}
-
-
 def test_names_of_config_files_and_their_content_agree(tmp_path, monkeypatch):
     """<backbone>[_c<M>][_ep<epochs>][_batch<B>][_ctxv1], by default 200 epochs and batches of 32."""
     monkeypatch.chdir(tmp_path)
@@ -360,15 +272,3 @@ def test_names_of_config_files_and_their_content_agree(tmp_path, monkeypatch):
             assert ("a photo of a" if name["words"] else "") == options.CTX_INIT, path
             assert name["words"] or int(name["n_ctx"] or 16) == options.N_CTX, path
             assert (cfg.OPTIM.NAME, cfg.OPTIM.LR_SCHEDULER) == ("sgd", "cosine"), path
-
-
-def test_config_names_of_the_original_code_exist():
-    coop = {f"rn50{e}{w}" for e in ("", "_ep50") for w in ("", "_ctxv1")} | {"rn50_ep100", "rn50_val"}
-    coop |= {f"vit_b16{e}{w}" for e in ("", "_ep50", "_ep100") for w in ("", "_ctxv1")}
-    coop |= {f"{backbone}{e}" for backbone in ("rn101", "vit_b32") for e in ("", "_ep50")}
-    assert names("CoOp") >= coop | names("LoGoPrompt")
-    assert names("CoCoOp") >= {*(f"vit_b16_c{m}_ep10_batch1" for m in (4, 8, 16)), "vit_b16_c4_ep10_batch1_ctxv1"}
-    cfg = read_config(ROOT / "configs" / "trainers" / "CoOp" / "rn50_val.yaml")  # for features: no schedule
-    assert (cfg.MODEL.BACKBONE.NAME, tuple(cfg.INPUT.SIZE)) == ("RN50", (224, 224))
-    assert cfg.DATALOADER.TRAIN_X.BATCH_SIZE == cfg.DATALOADER.TEST.BATCH_SIZE == 200
-    assert cfg.OPTIM == get_cfg_default().OPTIM

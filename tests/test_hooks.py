@@ -80,15 +80,6 @@ def test_resumed_schedule_continues_the_closed_form(schedule, done, remaining):
     assert events == every[-remaining:]
 
 
-def test_stage_of_warm_up_alone_is_reported(schedule, capsys):
-    sched, _, _ = schedule()
-    sched.optim_cfg.WARMUP_EPOCH = 4
-    sched.before_epoch(0)
-    assert "WARNING: stage 1 has 4 epoch(s), all of them warm-up" in capsys.readouterr().out
-    sched.before_epoch(4)
-    assert capsys.readouterr().out == ""
-
-
 # ------------------------------------------------------------------------------------------------- FiniteGuard
 
 FOUR_EPOCHS = ("TRAINER.LOGOPROMPT.TEXT_PROMPT", "generic", "OPTIM.MAX_EPOCH", "4")
@@ -98,11 +89,7 @@ def spoil(epoch, batch, factor, gradient=False):
     """Prepare a trainer whose loss, or only its gradient, is multiplied in a batch (both counted from 1)."""
 
     def prepare(trainer):
-        loss, seen = trainer.model.loss, trainer.guard.before_step
-
-        def before_step(position, paths):
-            trainer.paths = list(paths)
-            seen(position, paths)
+        loss = trainer.model.loss
 
         def spoilt(images, label):
             step = loss(images, label)
@@ -113,7 +100,7 @@ def spoil(epoch, batch, factor, gradient=False):
                     step.losses["loss"] = step.losses["loss"] * factor
             return step
 
-        trainer.model.loss, trainer.guard.before_step = spoilt, before_step
+        trainer.model.loss = spoilt
 
     return prepare
 
@@ -129,7 +116,9 @@ def test_error_names_epoch_batch_images_and_last_checkpoint(run, trainer, factor
     (line,) = done.error.splitlines()
     fault = "the loss is finite, its gradients are not" if gradient else f"the loss is {factor}"
     assert line.startswith(f"error: epoch [4/4] batch [2/2]: {fault}; ")
-    assert f"images of the batch: {', '.join(done.trainer.paths[:3])} and 5 more; " in line and "OPTIM.LR" in line
+    assert (
+        f"images of the batch: {', '.join(done.trainer.guard._paths[:3])} and 5 more; " in line and "OPTIM.LR" in line
+    )
     path = done.checkpoints / "model.pth.tar-3"  # written now, where none was due
     assert f"the last good checkpoint is {path}, after epoch 3" in line
     assert all(torch.isfinite(value).all() for value in done.checkpoint(3)["state_dict"].values())
@@ -232,18 +221,3 @@ def test_collapse_is_reported_once(accuracies, collapsed_from, capsys):
     output = capsys.readouterr().out
     assert output.count("WARNING") == (collapsed_from is not None)
     assert collapsed_from is None or ("epoch 4" in output and "48.0" in output and "3.0" in output)
-
-
-def test_resumed_run_remembers_the_best_accuracy(run, trained):
-    assert trained("CoOp").results["run"]["collapsed"] is False
-    opts = ("TRAIN.CHECKPOINT_FREQ", 1, "OPTIM.MAX_EPOCH", 3)
-
-    def with_accuracy(*accuracies):
-        def prepare(trainer):
-            report = trainer.monitor.after_step
-            trainer.monitor.after_step = lambda accuracy, n: report(accuracies[trainer.epoch], n)
-
-        return prepare
-
-    run("CoOp", *opts, prepare=lambda t: (with_accuracy(90, 90, 90)(t), spoil(3, 1, math.nan)(t)), status=2)
-    assert run("CoOp", *opts, prepare=with_accuracy(0, 0, 26)).results["run"]["collapsed"] is True

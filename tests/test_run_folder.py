@@ -1,28 +1,17 @@
 """Run folders: one process at a time writes there, and files are replaced as a whole or not at all."""
 
 import contextlib
-import json
+import fcntl
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import run_script
 
-from trainers.prompting import run_folder
+from trainers.prompting import results, run_folder
 from trainers.prompting.errors import UserError
-from trainers.prompting.results import (
-    harmonic_mean,
-    is_finished,
-    main,
-    read_results,
-    remove_leftovers,
-    replacing,
-    write_results,
-    write_text,
-)
+from trainers.prompting.results import is_finished, remove_leftovers, write_text
 from trainers.prompting.run_folder import locked
 
 
@@ -90,11 +79,9 @@ def test_process_may_nest_the_lock_of_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "PATIENCE", 0.0)
 
     def attempt():
-        try:
-            locked(str(tmp_path)).__enter__()
-        except UserError:
-            return 2
-        return 0
+        with contextlib.suppress(UserError), locked(str(tmp_path)):
+            return 0
+        return 2
 
     with locked(str(tmp_path)), locked(f"{tmp_path}/."):
         assert status_of(forked(attempt)) == 2
@@ -118,27 +105,17 @@ def test_locks_that_the_system_refuses(tmp_path, monkeypatch, capsys, error, rai
 
 
 @pytest.mark.skipif(shutil.which("flock") is None, reason="no flock(1), without which scripts take no lock")
-def test_two_scripts_on_one_folder(tmp_path):
-    """The second one must not replace the asked.txt of the first."""
-    fake = tmp_path / "python"
-    fake.write_text(f"#!/bin/sh\necho begun\ncat {tmp_path}/wait > /dev/null\n")  # until somebody writes there
-    fake.chmod(0o755)
-    os.mkfifo(tmp_path / "wait")
-    places = {"CFG": "", "SHOTS": "", "OUTPUT": str(tmp_path / "out")}
-    command = ["bash", ROOT / "scripts" / "logo" / "base2new.sh", "shapes", "1"]
-    environment = {**os.environ, **places, "PYTHON": str(fake)}
-    first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    assert first.stdout.readline() == "begun\n"
-    (asked,) = (tmp_path / "out").rglob("asked.txt")
+def test_script_refuses_a_folder_in_use(tmp_path):
+    """It must not replace the asked.txt of a script that runs there."""
+    places = {"CFG": "", "SHOTS": "", "OUTPUT": "out", "PYTHON": "echo"}
+    assert run_script(tmp_path, "logo/base2new", "shapes", "1", **places).returncode == 0
+    asked = sorted((tmp_path / "out").rglob("asked.txt"))[-1]  # of the base run
     before = asked.read_text()
-    done = run_script(tmp_path, "logo/base2new", "shapes", "1", "OPTIM.LR", "1", PYTHON="echo", **places)
+    with open(asked.with_name(".asked.lock")) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run_script(tmp_path, "logo/base2new", "shapes", "1", "OPTIM.LR", "1", **places)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {asked.parent}: another run is writing into this")
     assert asked.read_text() == before
-    first.kill()  # the script alone: what it started continues, under a lock of its own
-    first.wait()
-    first.stdout.close()
-    assert run_script(tmp_path, "logo/base2new", "shapes", "1", PYTHON="echo", **places).returncode == 0
-    (tmp_path / "wait").write_text("")
 
 
 # ------------------------------------------------------------------------------------------------- files
@@ -146,7 +123,7 @@ def test_two_scripts_on_one_folder(tmp_path):
 
 def test_interrupted_writing_leaves_the_old_file_and_names_it(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
-    write_results(str(tmp_path), {"metrics": {"accuracy": 12.5}})
+    results.write_results(str(tmp_path), {"metrics": {"accuracy": 12.5}})
     for error, kind in ((OSError(28, "No space left on device"), OSError), (ZeroDivisionError(), ZeroDivisionError)):
 
         def fail(handle, error=error):
@@ -156,19 +133,9 @@ def test_interrupted_writing_leaves_the_old_file_and_names_it(tmp_path, monkeypa
             patch.setattr(os, "fsync", fail)  # written, but not yet in place
             write_text(str(path), "new")
         assert kind is not OSError or (caught.value.errno, caught.value.filename) == (28, str(path))
-        assert read_results(str(tmp_path)) == {"metrics": {"accuracy": 12.5}} and os.listdir(tmp_path) == [path.name]
-    with pytest.raises(OSError) as caught, replacing(str(path)):
-        raise FileNotFoundError(2, "No such file or directory", "another file")
-    assert caught.value.filename == "another file"
-
-
-def test_files_follow_the_umask(tmp_path):
-    old = os.umask(0o027)
-    try:
-        write_text(str(tmp_path / "x"), "")
-    finally:
-        os.umask(old)
-    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+        assert results.read_results(str(tmp_path)) == {"metrics": {"accuracy": 12.5}} and os.listdir(tmp_path) == [
+            path.name
+        ]
 
 
 def test_only_temporary_files_are_removed(tmp_path):
@@ -187,42 +154,23 @@ def test_only_temporary_files_are_removed(tmp_path):
 @pytest.mark.parametrize("content", ["", '{"metrics": {"accuracy": 1.0}', "[]", "{}", '{"metrics": 3}', "\0"])
 def test_damaged_results_count_as_unfinished(tmp_path, capsys, content):
     assert not is_finished(str(tmp_path))
-    write_results(str(tmp_path), {"metrics": {"accuracy": 50.0}})
+    results.write_results(str(tmp_path), {"metrics": {"accuracy": 50.0}})
     assert is_finished(str(tmp_path)) and capsys.readouterr().err == ""
     (tmp_path / "results.json").write_text(content)
     assert not is_finished(str(tmp_path))
     assert f"{tmp_path}/results.json is damaged" in capsys.readouterr().err
 
 
-def test_scripts_repeat_a_run_with_damaged_results(tmp_path):
-    settings = {"trainer": "CoOp", "dataset": "Shapes", "shots": 16, "seed": 1, "backbone": "tiny"}
-    (tmp_path / "whole.json").write_text(json.dumps({"metrics": {"accuracy": 50.0}, "run": settings}))
-    fake = tmp_path / "python"  # Python, but train.py trains nothing
-    fake.write_text(
-        f'#!/bin/sh\n[ "$1" = train.py ] || exec {sys.executable} "$@"\n'
-        'for word; do [ "$last" = --output-dir ] && out=$word; last=$word; done\n'
-        f'cp {tmp_path}/whole.json "$out/results.json"\n'
-    )
-    fake.chmod(0o755)
-    places = {"PYTHON": str(fake), "CFG": "", "SHOTS": "", "OUTPUT": str(tmp_path / "out")}
-    assert run_script(tmp_path, "logo/base2new", "shapes", "1", **places).returncode == 0
-    new, base = sorted((tmp_path / "out").rglob("results.json"))
-    new.write_text('{"metrics": {"accu')
-    done = run_script(tmp_path, "logo/base2new", "shapes", "1", **places)
-    assert done.returncode == 0 and done.stdout.count("finished before, skipped") == 1, done.stderr
-    assert f"{new} is damaged" in done.stderr and new.read_text() == base.read_text()
-
-
 def test_harmonic_mean():
-    assert harmonic_mean(84.47, 74.24) == pytest.approx(79.03, abs=0.01)  # the paper's average of LoGoPrompt
-    assert harmonic_mean(0, 0) == 0 and harmonic_mean(80, 0) == 0
+    assert results.harmonic_mean(84.47, 74.24) == pytest.approx(79.03, abs=0.01)  # the paper's average of LoGoPrompt
+    assert results.harmonic_mean(0, 0) == 0 and results.harmonic_mean(80, 0) == 0
 
 
 def test_summary_of_runs_without_an_accuracy(tmp_path, capsys):
-    assert main([]) == 2 and main([str(tmp_path), str(tmp_path)]) == 2
+    assert results.main([]) == 2 and results.main([str(tmp_path), str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
     for text in ("{", "{}", '{"metrics": {}}'):
         (tmp_path / "results.json").write_text(text)
-        assert main([str(tmp_path), str(tmp_path)]) == 2
+        assert results.main([str(tmp_path), str(tmp_path)]) == 2
         (error,) = capsys.readouterr().err.splitlines()
         assert "results.json" in error and str(tmp_path) in error and "no accuracy" in error

@@ -69,19 +69,11 @@ def test_base2new_prints_three_numbers(trainer, data_root, rn_file, tmp_path):
     # Other options must not be answered with these results.
     done = run_script(tmp_path, "logo/base2new", *words, "TRAINER.LOGOPROMPT.K", "2", **places)
     assert done.returncode == 2 and "belongs to another run" in done.stderr
-    # An unfinished run is resumed.
-    (folders[0] / "results.json").unlink()
+    # A run without readable results is resumed.
+    (folders[0] / "results.json").write_text('{"metrics": {"accu')
     done = run_script(tmp_path, "logo/base2new", *words, **places)
     assert done.returncode == 0 and "Resuming from" in done.stdout
     assert read_results(str(folders[0]))["metrics"]["accuracy"] == measured[0]
-
-
-def test_mistake_in_a_script_s_options_ends_in_one_line(data_root, rn_file, tmp_path):
-    done = run_script(tmp_path, "logo/base2new", "caltech101", "1", OUTPUT="out", DATA="nowhere", BACKBONE=rn_file)
-    assert done.returncode == 2 and str(tmp_path / "nowhere") in done.stderr
-    words, places = ("caltech101", "1", "OPTIM.MAX_EPOCH", "0"), {"OUTPUT": "out", "DATA": str(data_root)}
-    done = run_script(tmp_path, "logo/base2new", *words, BACKBONE=rn_file, **places)  # in the folder of the last one
-    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: OPTIM.MAX_EPOCH 0")
 
 
 # ------------------------------------------------------------------------------------------------- scripts/logo
@@ -129,21 +121,6 @@ def test_domain_generalization_trains_once_and_tests_every_target(tmp_path):
             assert config(call) == config(source) == "LoGoPrompt/tiny96_ep10_ctxv1"
     places = {"SOURCE": "shapes", "TARGETS": "shapes_shifted", "TRAINER": "ZeroshotCLIP"}
     assert [call["--eval-only"] for call in runs(tmp_path, "logo/cross_dataset", "1", **places)] == [True, True]
-
-
-def test_runs_of_another_source_are_not_mixed_up(tmp_path):
-    """A finished run counts only for the command that made it; a target does not change the source's config."""
-    fake = tmp_path / "python"
-    loop = 'for word; do [ "$last" = --output-dir ] && echo {} > "$word/results.json"; last=$word; done'
-    fake.write_text(f"#!/bin/sh\n{loop}\n")
-    fake.chmod(0o755)
-    places = {"OUTPUT": "out", "CFG": "", "PYTHON": "./python", "TARGETS": "shapes caltech101 shapes_shifted"}
-    for source, name in (("caltech101", "vit_b16_ep50_ctxv1"), ("shapes", "tiny96_ep10_ctxv1")):
-        for skipped in (0, 3):
-            done = run_script(tmp_path, "logo/cross_dataset", "1", SOURCE=source, **places)
-            assert done.returncode == 0 and done.stdout.count("finished before, skipped") == skipped, done.stderr
-        folders = sorted((tmp_path / "out/cross_dataset" / f"from_{source}").rglob("results.json"))
-        assert len(folders) == 3 and all(name in str(folder) for folder in folders)
 
 
 def test_ablation_runs_every_row_of_table_4(tmp_path):
@@ -230,7 +207,6 @@ def test_cocoop_scripts_make_the_runs_of_scripts_logo(tmp_path, trainer, name):
 
 # ------------------------------------------------------------------------------------------------- mistakes
 
-CAN_TAKE_SEED = ["logo/base2new", "logo/few_shot", "logo/domain_generalization", "logo/cross_dataset", "logo/ablation"]
 WORDS = {
     "coop/main": ["caltech101", "rn50", "end", "16", "1", "False"],
     "coop/eval": ["caltech101", "rn50"],
@@ -243,18 +219,17 @@ WORDS = {
 PLACES = {"PYTHON": "echo", "CFG": "", "SOURCE": "shapes", "TARGETS": "shapes_shifted", "OUTPUT": "out"}
 
 
-@pytest.mark.parametrize("script", CAN_TAKE_SEED)
+@pytest.mark.parametrize("script", ["base2new", "few_shot", "domain_generalization", "cross_dataset", "ablation"])
 def test_mistakes_end_with_status_2(tmp_path, script):
-    dataset = () if script in ("logo/domain_generalization", "logo/cross_dataset") else ("shapes",)
-    if dataset:
-        done = run_script(tmp_path, script, **PLACES)
-        assert done.returncode == 2 and "usage:" in done.stderr
-    for seed in ("0", "one"):
-        done = run_script(tmp_path, script, *dataset, seed, **PLACES)
-        assert done.returncode == 2 and f"{seed}: a whole number" in done.stderr
-    done = run_script(tmp_path, script, *dataset, "1", **{**PLACES, "CFG": "no_such_config"})
-    assert done.returncode == 2 and "configs/trainers/LoGoPrompt/no_such_config.yaml: no such file" in done.stderr
-    assert not (tmp_path / "out").exists()
+    def error(*words, **more):
+        done = run_script(tmp_path, f"logo/{script}", *words, **{**PLACES, **more})
+        assert done.returncode == 2 and not (tmp_path / "out").exists()
+        return done.stderr
+
+    dataset = () if script in ("domain_generalization", "cross_dataset") else ("shapes",)
+    assert not dataset or "usage:" in error()
+    assert "0: a whole number" in error(*dataset, "0")
+    assert "LoGoPrompt/no_such_config.yaml: no such file" in error(*dataset, "1", CFG="no_such_config")
 
 
 @pytest.mark.parametrize("script", WORDS)
@@ -264,4 +239,3 @@ def test_mistakes_in_the_words_of_coop_scripts_end_with_status_2(tmp_path, scrip
     assert done.returncode == 2 and done.stderr.startswith("usage: bash ")
     done = run_script(tmp_path, script, "none", *others, **PLACES)  # no such data set, or no seed
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()

@@ -54,7 +54,7 @@ class Killable:
 
 
 class Events:
-    """Counts events and sends the signal at the chosen one."""
+    """Counts events, and sends the signal at the chosen one."""
 
     def __init__(self, at, number):
         self.at, self.number, self.owner, self.names = at, number, os.getpid(), []
@@ -120,7 +120,7 @@ def run_and_report(argv, log, at, number, file_size):
     event.watch(torch.optim.SGD, "step")
     event.watch(builtins, "print", before=False)
     results.open = lambda *args, **kwargs: HalfWritten(open(*args, **kwargs), event)  # noqa: SIM115
-    status = 70
+    status = None
     try:
         status = train.main(argv)
     except SystemExit as stop:
@@ -130,8 +130,5 @@ def run_and_report(argv, log, at, number, file_size):
         evaluation = built[0].evaluation if built else None
         report = {"events": event.names, "predictions": evaluation and evaluation.predictions}
         Path(f"{log}.json").write_text(json.dumps(report))
-        if status == 70:
-            import traceback
-
-            traceback.print_exc()
-        os._exit(status)
+        if status is not None:  # else multiprocessing prints the exception
+            os._exit(status)
