@@ -85,27 +85,28 @@ def real_data(tmp_path_factory):
 def linked_caltech(root, source):
     """A data root with links to another one's Caltech101, but with few-shot samples of its own."""
     (root / "caltech-101").mkdir(parents=True)
-    names = ["photo_clip.pt", "caltech-101/101_ObjectCategories", "caltech-101/split_zhou_Caltech101.json"]
-    for name in names:
+    for name in ("photo_clip.pt", "caltech-101/101_ObjectCategories", "caltech-101/split_zhou_Caltech101.json"):
         if (source / name).exists():
             (root / name).symlink_to(source / name)
     return root
 
 
+def save_clip(arch, tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip") / f"{arch}.pt"
+    torch.save(clip_state_dict(arch), path)
+    return str(path)
+
+
 @pytest.fixture(scope="session", params=ARCHITECTURES)
 def clip_file(request, tmp_path_factory):
     """Path of a small random CLIP in OpenAI's layout, as a ViT and as a ResNet."""
-    path = tmp_path_factory.mktemp("clip") / f"{request.param}.pt"
-    torch.save(clip_state_dict(request.param), path)
-    return str(path)
+    return save_clip(request.param, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def rn_file(tmp_path_factory):
     """Path of the small random ResNet CLIP (it has BatchNorm)."""
-    path = tmp_path_factory.mktemp("clip") / "rn.pt"
-    torch.save(clip_state_dict("rn"), path)
-    return str(path)
+    return save_clip("rn", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -161,14 +162,14 @@ def start(argv, prepare=lambda trainer: None):
         prepare(built[0])
         return built[0]
 
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+    streams = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error)
+    with pytest.MonkeyPatch.context() as patch, streams[0], streams[1]:
         patch.setattr(train, "build_trainer", build)
         patch.setattr(train, "collect_env_info", str)  # takes a second
-        with contextlib.redirect_stderr(error):
-            try:
-                status = train.main(argv)
-            finally:
-                sys.stdout.flush()  # log.txt
+        try:
+            status = train.main(argv)
+        finally:
+            sys.stdout.flush()  # log.txt
     gc.collect()  # models of earlier runs
     trainer = built[0] if built else None
     for loader in (trainer.train_loader_x, trainer.test_loader) if trainer else ():

@@ -166,21 +166,6 @@ def test_run_resumes_only_with_the_same_settings(run):
     assert "TRAINER.LOGOPROMPT.STAGE1_EPOCHS -1, now it is 1" in refused.error
 
 
-def test_checkpoint_of_an_older_version_resumes(run):
-    """It holds torch's random state alone, and the state of the monitor under another name."""
-    opts = ("TRAIN.CHECKPOINT_FREQ", 1, "OPTIM.MAX_EPOCH", 3)
-    unbroken = run("LoGoPrompt", *opts, out="unbroken")
-    with pytest.raises(KeyboardInterrupt):
-        run("LoGoPrompt", *opts, prepare=interrupt(2))
-    path = unbroken.folder.parent / "run" / "prompt_learner" / "model.pth.tar-2"
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["random"], checkpoint["watch"] = checkpoint["random"]["torch"], checkpoint.pop("parts")["collapse"]
-    del checkpoint["best_epoch"], checkpoint["best_result"]
-    torch.save(checkpoint, path)
-    resumed = run("LoGoPrompt", *opts)
-    assert differences(unbroken.outcome, resumed.outcome) == [] and resumed.trainer.monitor.best > 0
-
-
 def test_evaluation_does_not_replace_the_results_of_training(run):
     trained = run("CoOp")
     refused = run("CoOp", flags=["--eval-only", "--model-dir", trained.folder], status=2)

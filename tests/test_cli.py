@@ -46,11 +46,8 @@ def test_config_files(fails, tmp_path):
 
 
 @pytest.mark.parametrize("key, value, requirement", [
-    ("TRAINER.LOGOPROMPT.BLOCK_HEIGHT", 1.5, "larger than 0 and at most 1"),
-    ("TRAINER.LOGOPROMPT.LOSS", "mse", "infonce, paper"),
     ("TRAINER.LOGOPROMPT.CTX_INIT", "' '", "1 to 60 words"),
     ("OPTIM.NAME", "foo", "foo"),
-    ("OPTIM.LR_SCHEDULER", "foo", "foo"),
     ("INPUT.TRANSFORMS", "('foo',)", "foo"),
     ("INPUT.INTERPOLATION", "foo", "foo"),
     ("INPUT.SIZE", "(224, 224)", "(64, 64)"),  # of the backbone

@@ -148,16 +148,6 @@ def test_signal_saves_the_last_complete_epoch(make, unbroken, number):
     assert "Resuming from" in place.log.read_text() and differences(unbroken(*setting)[0], found) == []
 
 
-def test_signal_while_a_file_is_written(make, unbroken):
-    expected, events = unbroken("stages")
-    place = make("stages")
-    half = [i for i, name in enumerate(events, 1) if name == "half written"]
-    status, _ = place.run(at=half[len(half) // 2], number=signal.SIGTERM)
-    assert status == 143 and len(place.errors.splitlines()) == 1
-    assert not [path for path in place.out.rglob("*") if path.name.endswith(".tmp")]
-    assert differences(expected, place.finish()[0]) == []
-
-
 # ------------------------------------------------------------------------------------------------- damaged files
 
 

@@ -79,13 +79,6 @@ def test_two_classes_of_which_scikit_learn_returns_the_difference():
         assert probe.float()(torch.from_numpy(features).float()).dtype == torch.float32
 
 
-def test_subset_of_the_trained_classes_takes_their_rows(run):
-    done = run("LinearProbe", "DATASET.SUBSAMPLE_CLASSES", "all")
-    flags = ["--eval-only", "--model-dir", done.folder]
-    subset = run("LinearProbe", "DATASET.SUBSAMPLE_CLASSES", "new", out="new", flags=flags)
-    assert torch.equal(subset.outcome["state"]["weight"], done.outcome["state"]["weight"][4:])
-
-
 def test_a_given_c_needs_no_validation_images(run, monkeypatch):
     from datasets.caltech101 import Caltech101
 

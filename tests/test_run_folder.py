@@ -167,10 +167,8 @@ def test_harmonic_mean():
 
 
 def test_summary_of_runs_without_an_accuracy(tmp_path, capsys):
-    assert results.main([]) == 2 and results.main([str(tmp_path), str(tmp_path)]) == 2
-    assert str(tmp_path) in capsys.readouterr().err
-    for text in ("{", "{}", '{"metrics": {}}'):
+    for text in ("", "{}", '{"metrics": {}}'):
         (tmp_path / "results.json").write_text(text)
         assert results.main([str(tmp_path), str(tmp_path)]) == 2
         (error,) = capsys.readouterr().err.splitlines()
-        assert "results.json" in error and str(tmp_path) in error and "no accuracy" in error
+        assert f"results.json of {tmp_path} or {tmp_path} holds no accuracy" in error
