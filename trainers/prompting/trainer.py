@@ -168,7 +168,7 @@ class PromptTrainer(TrainerX):
             summary = {"loss": step.total.item(), "acc": accuracy}
             losses = step.losses if len(step.losses) > 1 else {}
             for name, value in {**losses, **step.log}.items():
-                self.write_scalar(f"train/{name}", float(value), self.epoch * self.num_batches + self.batch_idx)
+                self.write_scalar(f"train/{name}", value.item(), self.epoch * self.num_batches + self.batch_idx)
         return summary
 
     def _training_images(self, batch: dict[str, Any]) -> ImageBatch:
