@@ -30,7 +30,7 @@ soak: install
 	$(VENV)/bin/python -m pytest -m soak
 
 demo: install
-	$(VENV)/bin/python tools/demo.py
+	$(VENV)/bin/python toy/demo.py
 
 install: $(STAMP)
 
