@@ -28,7 +28,7 @@ def output(tmp_path_factory):
 def test_table_holds_what_the_runs_measured(output):
     assert {p.name for p in output.iterdir()} == {"data", "runs", "table.md", "chart.png", "class_conditional.png"}
     rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in (output / "table.md").open()]
-    assert rows[0][1:] == ["Base", "New", "H"] and [row[0] for row in rows[2:]] == ["ZeroshotCLIP", "CoOp", "LoGoPrompt"]
+    assert rows[0][1:] == ["Base", "New", "H"] and [row[0] for row in rows[2:]] == list(demo.COLOURS)
     for name, *values in rows[2:]:
         folder, (base, new, h) = output / "runs" / name, map(float, values)
         for subset, value in (("base", base), ("new", new)):
