@@ -5,26 +5,20 @@ import os
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import trees
 from conftest import ROOT
-from dassl.data.datasets import build_dataset
 from PIL import Image, ImageDraw
-from test_datasets import config
 from tiny import NAMES, SIZE, arguments
 
 import predict
 import train
-from trainers import predictor as module
 from trainers.predictor import BATCHES_AHEAD, Predictor, find_images, survey
 from trainers.prompting import evaluation
 from trainers.prompting.data import read_image
@@ -88,9 +82,6 @@ def assert_same(result, scores, classnames, log_p):
     assert result.scores == sorted(result.scores, reverse=True)
 
 
-# ------------------------------------------------------------------------------------------------- the evaluation
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_predictions_equal_the_evaluation_to_the_bit(runs, data_root, name):
     folder, seen = runs(name)
@@ -112,9 +103,8 @@ def test_place_of_a_block_depends_on_the_path_below_the_root(runs, data_root, tm
         (elsewhere / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(data_root / path, elsewhere / path)
     for predictor, named in (
-        (Predictor(folder, root=str(elsewhere)), [elsewhere / path for path in paths]),
-        (Predictor(folder), [elsewhere]),  # a folder elsewhere: the paths below it
         (Predictor(folder, root=str(elsewhere), batch_size=3), [elsewhere / "caltech-101"]),
+        (Predictor(folder), [elsewhere]),  # a folder elsewhere: the paths below it
     ):
         results = {os.path.relpath(r.path, elsewhere): r for r in predictor(named, top=99)}
         assert results.keys() == seen.keys()
@@ -134,22 +124,12 @@ def test_evaluation_folder_has_the_classes_that_it_evaluated(runs, data_root, tm
         assert [name.replace("_", " ") for name in predictor.classnames] == spaces
         for path, result in zip(seen, predictor([data_root / path for path in seen], top=99)):
             assert_same(result, seen[path], predictor.classnames, True)
+    labels = {str(data_root / path): NAMES.index(Path(path).parent.name) - 4 for path in seen}
+    assert survey(Predictor(folder).cfg)[0] == NEW and dict(survey(Predictor(folder).cfg)[1]) == labels
     for without_names in (folder, runs("ZeroshotCLIP")[0]):  # and without data
         with pytest.raises(UserError, match="does not record its classes: give --classnames"):
             Predictor(without_names, root=str(tmp_path))
     assert Predictor(folder, NEW, root=str(tmp_path)).classnames == NEW
-
-
-@pytest.mark.parametrize("make", trees.ALL, ids=lambda make: make.__name__)
-def test_survey_finds_the_classes_and_test_images_of_every_data_set(tmp_path, make):
-    tree = make(tmp_path)
-    for subset in ("all",) if make in trees.VARIANTS else ("all", "new"):
-        files, cfg = sorted(tmp_path.rglob("*")), config(tmp_path, tree.name, 1, subset)
-        classnames, test = survey(cfg)
-        assert sorted(tmp_path.rglob("*")) == files  # nothing is written
-        dataset = build_dataset(cfg)
-        assert classnames == dataset.classnames
-        assert test == [(item.impath, item.label) for item in dataset.test]
 
 
 def test_other_class_names(runs, data_root, predictor):
@@ -170,9 +150,8 @@ def test_other_class_names(runs, data_root, predictor):
     ):
         with pytest.raises(UserError, match=fault):
             Predictor(runs(name)[0], names)
-    for name in ("class-specific", "LinearProbe"):
-        usual = next(Predictor(runs(name)[0])([image], top=99))
-        other = next(Predictor(runs(name)[0], BASE[::-1])([image], top=99))
+    for name in ("class-specific", "LinearProbe"):  # in another order
+        usual, other = (next(Predictor(runs(name)[0], names)([image], top=99)) for names in (None, BASE[::-1]))
         assert dict(zip(other.classes, other.scores)) == pytest.approx(dict(zip(usual.classes, usual.scores)), abs=1e-5)
 
 
@@ -195,47 +174,18 @@ def test_scores_that_are_not_numbers_are_an_error_of_the_image(runs, odd):
     assert result.error == f"{odd / 'grey.png'}: the model's scores are not numbers" and result.classes == []
 
 
-# ------------------------------------------------------------------------------------------------- odd images
-
-
 def drawing(mode="RGB", size=(90, 70)):
     image = Image.new("RGB", size, "#336699")
     ImageDraw.Draw(image).rectangle((10, 10, 50, 40), fill="#ffcc33")
     return image.convert(mode)
 
 
-def animated(path, **options):
-    drawing().save(path, save_all=True, append_images=[Image.new("RGB", (90, 70))], duration=100, **options)
-
-
-def rotated(path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    drawing(size=(90, 50)).save(path, exif=exif, quality=95)
-
-
-def rgb16(path):
-    """A PNG of three channels with 16 bits, which Pillow does not write."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = b"".join(b"\0" + row.tobytes() for row in (np.asarray(drawing(), dtype=np.uint32) * 257).astype(">u2"))
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 90, 70, 16, 2, 0, 0, 0))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
-
-
 ODD = {
     "cmyk.jpg": lambda path: drawing("CMYK").save(path, quality=95),
     "grey16.png": lambda path: Image.fromarray(np.linspace(0, 65535, 6300).reshape(70, 90).astype("u2")).save(path),
-    "rgb16.png": rgb16,
     "grey.png": lambda path: drawing("L").save(path),
     "alpha.png": lambda path: drawing("RGBA").save(path),
-    "palette.png": lambda path: drawing().quantize(8).save(path, transparency=0),
-    "animated.gif": animated,
-    "animated.webp": lambda path: animated(path, lossless=True),
-    "animated.png": animated,
-    "rotated.jpg": rotated,
+    "two frames.gif": lambda path: drawing().save(path, save_all=True, append_images=[drawing("L")]),
     "wide.png": lambda path: drawing(size=(20_000, 40)).save(path),
     "one pixel.png": lambda path: drawing(size=(1, 1)).save(path),
     "a [bold]name\nof two lines.png": lambda path: drawing().save(path),
@@ -276,13 +226,9 @@ def test_odd_images_are_predicted_and_broken_ones_reported(predictor, odd):
             assert BROKEN[name][1] in result.error
         else:
             assert result.error == "" and set(result.classes) == set(BASE) and result.scores[0] > 0
-    for name in ODD:  # the pixels are those of read_image
-        read_image(str(odd / name)).save(odd / "clean.png")
-        expected = predictor.transform(Image.open(odd / "clean.png").convert("RGB"))
+    for name in ODD:
+        expected = predictor.transform(read_image(str(odd / name)))
         assert torch.equal(predictor._read(next(find_images([odd / name]))), expected), name
-    first = np.asarray(read_image(str(odd / "animated.gif")), dtype=float)
-    assert np.abs(first - np.asarray(drawing(), dtype=float)).mean() < 3  # the first frame
-    assert np.array_equal(np.asarray(read_image(str(odd / "rgb16.png"))), np.asarray(drawing()))
 
 
 def test_damaged_images_do_not_change_the_others(predictor, odd, tmp_path):
@@ -297,55 +243,13 @@ def test_damaged_images_do_not_change_the_others(predictor, odd, tmp_path):
     assert list(predictor([])) == []
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
-def test_files_without_permission(predictor, odd):
-    for path in (odd / "cmyk.jpg", odd / "below"):
-        path.chmod(0)
-        (result,) = predictor([path])
-        path.chmod(0o755)
-        assert "Permission denied" in result.error and str(path) in result.error
-
-
-def test_one_large_image_is_decoded_at_a_time(predictor, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "LARGE", 100 * 70)
-    monkeypatch.setattr(module, "THREADS", 4)
-    drawing().save(tmp_path / "small.png")
-    drawing(size=(200, 100)).save(tmp_path / "large.png")
-    now, most = [], {"small.png": 0, "large.png": 0}
-
-    def slow(path):
-        now.append(os.path.basename(path))
-        time.sleep(0.02)
-        most.update({name: max(most[name], now.count(name)) for name in most})
-        now.remove(os.path.basename(path))
-        return read_image(path)
-
-    monkeypatch.setattr(module, "read_image", slow)
-    results = list(predictor([tmp_path / "small.png"] * 8 + [tmp_path / "large.png"] * 8))
-    assert len(results) == 16 and not any(r.error for r in results)
-    assert most["large.png"] == 1 and most["small.png"] > 1
-
-
 def test_images_are_taken_as_they_are_needed(predictor, odd, monkeypatch):
     monkeypatch.setattr(predictor, "batch_size", 4)
-    taken, read, decode = [], [], Predictor._read
-    monkeypatch.setattr(Predictor, "_read", lambda self, source: read.append(1) or decode(self, source))
-
-    def endless():
-        while True:
-            taken.append(1)
-            yield odd / "grey.png"
-
-    results = predictor(endless())
+    taken = []
+    results = predictor(taken.append(1) or odd / "grey.png" for _ in range(10**9))
     for done in range(1, 41):
         assert next(results).error == "" and len(taken) <= done + (1 + BATCHES_AHEAD) * 4
     results.close()
-    n = len(read)
-    time.sleep(0.05)
-    assert len(read) == n <= len(taken)  # nothing goes on in the background
-
-
-# ------------------------------------------------------------------------------------------------- the command
 
 
 @pytest.fixture
@@ -440,27 +344,20 @@ def test_mistakes_end_in_one_line(command, runs, odd, tmp_path):
     for words, fault in (
         (("--root", tmp_path / "away"), f"{tmp_path / 'away'}: no such folder (--root)"),
         (("--model-dir", tmp_path / "nowhere"), f"{tmp_path / 'nowhere' / 'config.yaml'}: no such folder"),
-        (("--model-dir", tmp_path), f"{tmp_path / 'config.yaml'}: no such file"),
         (("--model-dir", tmp_path / "bad"), f"{tmp_path / 'bad' / 'config.yaml'}: not the config of a run"),
         (("--model-dir", tmp_path / "old"), 'made by the trainer "MaPLe"'),
         (("--model-dir", tmp_path / "bare"), f"in {tmp_path / 'bare' / 'prompt_learner'}"),
         (("--load-epoch", 77), "model.pth.tar-77"),
-        (("--backbone", tmp_path / "x.pt"), f"{tmp_path / 'x.pt'}: no such file"),
         (("--classnames", "nowhere.txt"), "--classnames nowhere.txt"),
         (("--classnames", "a", "熊猫"), "FONT"),
         (("--out", tmp_path / "no" / "folder"), str(tmp_path / "no" / "folder")),
-        (("--explain", image / "below"), str(image)),
         (("--explain", odd / "why"), f"is in {odd}"),
     ):
         status, lines, errors = command(odd if "is in" in fault else image, "--model-dir", folder, *words)
         assert (status, lines, len(errors)) == (2, [], 1) and errors[0].startswith("error: ") and fault in errors[0]
     for flag in ("--top", "--batch-size"):
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(SystemExit, match="2"):
             command(image, "--model-dir", folder, flag, "0")
-        assert end.value.code == 2
-
-
-# ------------------------------------------------------------------------------------------------- explanations
 
 
 def array(picture):
@@ -484,6 +381,10 @@ def test_explanation_holds_what_was_compared(runs, data_root):
             np.testing.assert_allclose(pasted[top : top + h, left : left + w], block.permute(1, 2, 0), atol=1.01 / 255)
             pasted[top : top + h, left : left + w] = image[top : top + h, left : left + w]
             assert np.array_equal(pasted, image) and found.image.size == (SIZE, SIZE)
+    images = [data_root / path for path in seen]
+    selected = [found.selected for found in predictor.explain(images)]
+    predictor.classnames = ["same"] * 4  # two classes may share a name, as in ImageNet
+    assert [found.selected for found in predictor.explain(images)] == selected
 
 
 @pytest.mark.parametrize("name", ["CoOp", "CoCoOp", "ZeroshotCLIP", "LinearProbe"])
@@ -496,21 +397,14 @@ def test_explanation_of_methods_that_use_the_image_alone(runs, data_root, name):
     assert found.draw().width > found.draw().height > SIZE
 
 
-def test_two_classes_of_one_name(runs, data_root):
-    folder, seen = runs("two-stage")
-    named, predictor = Predictor(folder), Predictor(folder)
-    predictor.classnames = ["same"] * 4  # as ImageNet has two cranes
-    images = [data_root / path for path in seen]
-    assert [e.selected for e in predictor.explain(images)] == [e.selected for e in named.explain(images)]
-
-
 def test_pictures(command, runs, odd, tmp_path, monkeypatch):
     folder, out, sheet = runs("two-stage")[0], tmp_path / "why", tmp_path / "sheets" / "why.png"
     images = [odd / "grey.png", odd / "cut.jpg", odd / "below", odd / "cmyk.jpg"]
     shutil.copy(odd / "grey.png", odd / "below")
+    (odd / "below" / "up").unlink()
     assert command(*images, "--model-dir", folder, "--explain", out) == command(*images, "--model-dir", folder)
     names = {"cmyk.jpg.jpg", "deeper_plain.PNG.jpg", "grey.png.jpg", "grey.png-2.jpg"}
-    assert {path.name for path in out.iterdir()} >= names
+    assert {path.name for path in out.iterdir()} == names
     found = next(Predictor(folder).explain([odd / "cmyk.jpg"]))
     drawn = array(found.draw())
     framed = (np.abs(drawn - np.array([26, 127, 55]) / 255).max(axis=2) < 0.02).sum(axis=0) > 100
@@ -520,7 +414,7 @@ def test_pictures(command, runs, odd, tmp_path, monkeypatch):
     saved = array(Image.open(out / "cmyk.jpg.jpg"))
     assert saved.shape == drawn.shape and np.abs(saved - drawn).mean() < 0.02
     command(*images, "--model-dir", folder, "--explain", sheet)
-    assert Image.open(sheet).height == len(list(out.iterdir())) * drawn.shape[0]
+    assert Image.open(sheet).height == 4 * drawn.shape[0]
     monkeypatch.setattr(predict, "ROWS", 2)
     assert "the first 2 images" in command(*images, "--model-dir", folder, "--explain", sheet)[2][-1]
     assert Image.open(sheet).height == 2 * drawn.shape[0]
@@ -544,14 +438,3 @@ def test_file_name_that_is_not_text(command, runs, odd, tmp_path):
     status, lines, errors = command(*words)
     assert status == 0 and errors == [] and [os.fsencode(line["path"]) for line in lines] == [path, path]
     assert len(list((tmp_path / "why").iterdir())) == 2
-
-
-def test_readme_example(runs, odd, tmp_path):
-    code = (ROOT / "README.md").read_text().split("from trainers.predictor import Predictor", 1)[1].split("```", 1)[0]
-    code = f"from trainers.predictor import Predictor{code}".replace("output/mine", str(runs("two-stage")[0]))
-    code = code.replace("holiday/", str(odd)).replace("cat.jpg", str(odd / "grey.png"))
-    code = code.replace("why.jpg", str(tmp_path / "why.jpg"))
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert str(odd / "grey.png") in done.stdout and BASE[0] in done.stdout
-    assert Image.open(tmp_path / "why.jpg").width > SIZE
