@@ -4,7 +4,7 @@
         --config-file configs/trainers/LoGoPrompt/tiny96_ep10_ctxv1.yaml
 
 (a) The similarity of an image that shows only a class name to "a photo of a [class].", next to the test images'.
-(b) The score p(y|x) of the test images, sorted, and the score with the block of their class pasted in. The numbers are
+(b) The score p(y|x) of the test images, sorted, and with the block of their class; a table of this and other blocks is
 printed. Further flags and KEY VALUE pairs are those of ``train.py``.
 """
 
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train  # isort: skip (needs the line above; makes `import dassl` work)
 import matplotlib.pyplot as plt
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from dassl.engine import build_trainer
@@ -37,14 +38,6 @@ from trainers.prompting.text_encoder import encode_texts
 plt.switch_backend("Agg")
 BLOCKS = ("true", "hard", "other")  # of the true class, of the most probable wrong class, of any wrong class
 GREY, RED, BLUE = "#9aa5b1", "#d1495b", "#2b3a4a"
-
-
-def build(args: argparse.Namespace) -> Any:
-    """An untrained LoGoPrompt trainer, built silently."""
-    with redirect_stdout(io.StringIO()):
-        trainer = build_trainer(train.setup_cfg(args))
-    trainer.set_model_mode("eval")
-    return trainer
 
 
 @torch.no_grad()
@@ -82,20 +75,14 @@ def of(scores: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
     return scores.gather(1, classes.unsqueeze(1)).squeeze(1)
 
 
-def ranks(cosine: torch.Tensor, name: torch.Tensor) -> torch.Tensor:
-    """(N, C) cosines of images, (C,) of the images of class names -> (C,) rank of each name among them, from 1."""
-    return (cosine > name).sum(dim=0) + 1
-
-
 def draw(values: dict[str, torch.Tensor], classnames: Sequence[str], path: str) -> None:
     """Both panels."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    label, name, n = values["label"], values["name"], len(classnames)
-    order = name.argsort(descending=True)
-    own = [(i, values["cosine"][label == c, c]) for i, c in enumerate(order.tolist()) if (label == c).any()]
+    label, order, n = values["label"], values["name"].argsort(descending=True), len(classnames)
+    own = [(i, values["cosine"][label == c, c]) for i, c in enumerate(order) if (label == c).any()]
     places, lows, highs = zip(*((i, cosine.min(), cosine.max()) for i, cosine in own))
     left.vlines(places, lows, highs, color=GREY, lw=max(0.5, min(4, 150 / n)), label="images of the class")
-    left.plot(name[order], "o", ms=max(2, min(5, 160 / n)), color=RED, label="its name")
+    left.plot(values["name"][order], "o", ms=max(2, min(5, 160 / n)), color=RED, label="its name")
     if n <= 40:
         left.set_xticks(range(n), [clean_name(classnames[c]) for c in order], rotation=90, fontsize=7)
     left.set(ylabel='cosine with "a photo of a [class]."', title="(a) images that show only the class name")
@@ -120,20 +107,25 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--out", required=True, help="picture to write (.png, .svg, .pdf)")
     ours, rest = parser.parse_known_args(argv)
     try:
-        trainer = build(train.parse_args(["--trainer", "LoGoPrompt", "--no-train", *rest]))
+        args = train.parse_args(["--trainer", "LoGoPrompt", "--no-train", *rest])
+        with redirect_stdout(io.StringIO()):
+            trainer = build_trainer(train.setup_cfg(args))
         values = zero_shot(trainer)
         draw(values, trainer.classnames, ours.out)
     except (UserError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    n, rank = len(values["label"]), ranks(values["cosine"], values["name"]).float()
-    plain, pasted = (of(values[name], values["label"]) for name in ("none", "true"))
-    print(
-        f"(a) The image of a class name is closer to its prompt than {100 * (1 - (rank - 1) / n).mean():.1f} % of the "
-        f"{n} test images; it ranks first for {int((rank == 1).sum())} of {len(rank)} classes.\n"
-        f"(b) The block of its class raises the score of {100 * (pasted > plain).float().mean():.1f} % of the images, "
-        f"on average from {plain.mean():.3f} to {pasted.mean():.3f}.\n{ours.out}"
-    )
+    label, closer = values["label"], (values["cosine"] > values["name"]).float()
+    share, firsts = 100 * (1 - closer.mean()), int((closer.sum(dim=0) == 0).sum())
+    print(f"(a) Images of class names are closer to their prompts than {share:.1f} % of the {len(label)} test images,")
+    print(f"and the closest of all for {firsts} of {closer.shape[1]} classes.\n\n(b)")
+    plain, rows = of(values["none"], label), []
+    for block in ("none", *BLOCKS):
+        p, right = of(values[block], label), values[block].argmax(dim=1) == label
+        raised = 100 * (p > plain).float().mean()
+        rows.append([block, *map(float, (p.mean(), raised, 100 * right.float().mean()))])
+    print(pd.DataFrame(rows, columns=["block", "p(y|x)", "raised in %", "accuracy"]).to_markdown(index=False))
+    print(ours.out)
     return 0
 
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
-import multiprocessing
 import os
 import sys
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -43,9 +43,7 @@ PROTOCOLS = {
 }
 
 
-class Row(NamedTuple):
-    """One setting of an experiment."""
-
+class Row(NamedTuple):  # one setting of an experiment
     label: str
     trainer: str = "LoGoPrompt"
     opts: tuple[str, ...] = ()
@@ -72,7 +70,7 @@ def experiments(rates: Sequence[str]) -> dict[str, tuple[str, list[Row]]]:
         for text, tune, adapter in itertools.product(("generic", "two_stage"), (False, True), (False, True))
     ]
     uses = [logo(use, VISUAL_PROMPT=use) for use in ("none", "text_augmentation", "paired")]
-    heights = [logo(f"h = {label} H", BLOCK_HEIGHT=value) for label, value in (("1/14", 1 / 14), ("2/7", 2 / 7))]
+    heights = [logo("h = H/14", BLOCK_HEIGHT=1 / 14), logo("h = 2H/7", BLOCK_HEIGHT=2 / 7)]
     places, numbers = [logo(p, LOCATION=p) for p in ("top", "bottom")], [logo(f"K = {k}", K=k) for k in (1, 3, 10)]
     return {
         "main": ("Base-to-new", methods),
@@ -106,15 +104,15 @@ def measure(args: argparse.Namespace, row: Row, seed: int) -> dict[str, Any]:
     if row.trainer != "ZeroshotCLIP":
         found["collapsed"] = result("train", (None, trained), (), "TEST.NO_TEST", "True")["run"]["collapsed"]
         flags += ["--model-dir", str(folder / "train")]
-    for column, where in tested.items():  # with NUM_SHOTS 0 there are all validation images, not four per class
-        split = ("DATASET.NUM_SHOTS", "0", "TEST.SPLIT", row.split)
-        results = result(f"{row.split}_{column}", where, flags, *split)
+    for column, where in tested.items():  # NUM_SHOTS 0: all validation images, not four per class
+        opts = ("DATASET.NUM_SHOTS", "0", "TEST.SPLIT", row.split)
+        results = result(f"{row.split}_{column}", where, flags, *opts)
         found[column], found["images"] = results["metrics"]["accuracy"], results["images"]
     return {**found, "H": harmonic_mean(found["base"], found["new"])} if row.protocol == "base2new" else found
 
 
 def table(runs: pd.DataFrame) -> str:
-    """Mean ± standard deviation over seeds, a line per setting, and how many runs collapsed if any did."""
+    """Mean ± standard deviation over seeds, a line per setting; how many runs collapsed, if any did."""
     groups = runs.groupby("label", sort=False)
     columns = runs.columns.drop(["label", "collapsed", "images"], errors="ignore")
     cells = {c: [f"{g.mean():.2f} ± {g.std() if len(g) > 1 else 0:.2f}" for _, g in groups[c]] for c in columns}
@@ -124,21 +122,15 @@ def table(runs: pd.DataFrame) -> str:
 
 
 def choice(runs: pd.DataFrame) -> str:
-    """Setting to ship according to the experiment "loss": accuracy on validation images of the base classes decides.
-
-    Of the settings within one standard error of the best, the one with the smallest learning rate: it stays closest to
-    the initial words.
-    """
+    """The smallest learning rate within one standard error of the best, on validation images of the base classes."""
     lines, mean, n = [], runs.groupby("label", sort=False)["base"].mean(), runs["images"].iloc[0]
-    for name, accuracy in mean.groupby(mean.index.str.startswith("CoOp")):
+    for _, accuracy in mean.groupby(mean.index.str.startswith("CoOp")):
         best, highest = accuracy.idxmax(), accuracy.max()
         error = (highest * (100 - highest) / n) ** 0.5
         near = accuracy[accuracy >= highest - error].sort_values(ascending=False, kind="stable")
         chosen = min(near.index, key=lambda label: float(label.split()[-1]))
-        lines.append(
-            f"{'CoOp' if name else 'LoGoPrompt'}: best on the {n} validation images of the base classes is {best} "
-            f"({highest:.2f}, standard error {error:.2f}); chosen is {chosen} ({near[chosen]:.2f})."
-        )
+        where = f"on the {n} validation images of the base classes ({highest:.2f}, standard error {error:.2f})"
+        lines.append(f"Best {where}: {best}; chosen: {chosen} ({near[chosen]:.2f}).")
     return "\n\n".join(lines)
 
 
@@ -157,24 +149,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time, with one thread each; 1: in this process")
     add("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs that overrule the configs")
     args = parser.parse_args(argv)
-    args.output = args.output.resolve()
-    args.data = (args.data or args.output / "data").resolve()
+    args.output, args.data = args.output.resolve(), (args.data or args.output / "data").resolve()
     chosen = {name: experiments(args.rates)[name] for name in args.only}
-    jobs = list(
-        dict.fromkeys(
-            (row._replace(label=""), seed) for _, rows in chosen.values() for row in rows for seed in args.seeds
-        )
-    )
+    jobs = list({(r._replace(label=""), seed): 0 for _, rows in chosen.values() for r in rows for seed in args.seeds})
     sections = []
     try:
         for dataset in {None, *(["shapes_shifted"] if "shift" in chosen else [])}:  # drawn once, before all runs
             with redirect_stdout(io.StringIO()):
                 argv = words(args, Row("", "ZeroshotCLIP"), args.output, 1, (dataset, "all"))
                 build_dataset(train.setup_cfg(train.parse_args(argv)))
-        several = args.jobs > 1
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (1,)) if several else nullcontext() as pool:
-            runs = (pool.map if several else map)(partial(measure, args), *zip(*jobs))
+        with ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            runs = (pool.map if args.jobs > 1 else map)(partial(measure, args), *zip(*jobs))
             found = dict(zip(jobs, tqdm(runs, "runs", len(jobs))))
     except (UserError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
