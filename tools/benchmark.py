@@ -12,28 +12,26 @@ import argparse
 import io
 import json
 import logging
-import multiprocessing
 import os
 import platform
-import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
+from itertools import zip_longest
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Optional
 
 from runner import arguments  # isort: skip (makes `import dassl` work)
-import numpy as np
 import open_clip
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from dassl.config import get_cfg_default
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
-from PIL import Image
 from torch.utils.benchmark import Measurement, Timer
 
 import train
@@ -44,30 +42,29 @@ from trainers.prompting.method import Method
 from trainers.prompting.results import write_text
 
 Ways = dict[str, Callable[[], Any]]  # calls to compare, by name; the first one is the reference
+Row = dict[str, Any]  # label, seconds, ratio, megabytes
 
 
-# ------------------------------------------------------------------------------------------------- measuring
-
-
-def compare(title: str, ways: Ways, rounds: int, memory: Optional[Callable[[str], float]] = None) -> list[dict]:
+def compare(title: str, ways: Ways, rounds: int, memory: Optional[Callable[[str], float]] = None) -> list[Row]:
     """Medians of alternating runs, each after one to warm up; ratios are to the first way."""
     threads = torch.get_num_threads()
     timers = {way: Timer("call()", globals={"call": call}, num_threads=threads) for way, call in ways.items()}
-    runs = [{way: timer.blocked_autorange(min_run_time=1e-9) for way, timer in timers.items()} for _ in range(rounds)]
+    runs = [{way: timer.blocked_autorange(min_run_time=1) for way, timer in timers.items()} for _ in range(rounds)]
     medians = {way: Measurement.merge([run[way] for run in runs])[0].median for way in ways}
-    first = next(iter(medians.values()))
-    return [
-        {"label": f"{title}: {way}", "seconds": t, "ratio": t / first, "megabytes": memory and memory(way)}
-        for way, t in medians.items()
-    ]
+    return rows_of({f"{title}: {way}": t for way, t in medians.items()}, [memory and memory(way) for way in ways])
 
 
-def peak_memory(make: Callable[..., Ways], *args: Any) -> Callable[[str], float]:
-    """Function that measures, for one of the ways that ``make`` makes, the peak in a process of its own in megabytes."""
+def rows_of(seconds: dict[str, float], memory: Sequence[Optional[float]] = ()) -> list[Row]:
+    first, pairs = next(iter(seconds.values())), zip_longest(seconds.items(), memory)
+    return [{"label": name, "seconds": t, "ratio": t / first, "megabytes": peak} for (name, t), peak in pairs]
 
-    def measure(way: str) -> float:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(_peak, make, args, way).result()
+
+def peak_memory(make: Callable[..., Ways], *args: Any) -> Callable[[str], Optional[float]]:
+    """Measures the peak of one of the ways that ``make`` makes, in a process of its own, in megabytes (on Linux)."""
+
+    def measure(way: str) -> Optional[float]:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            return pool.submit(_peak, make, args, way).result() if sys.platform == "linux" else None
 
     return measure
 
@@ -79,14 +76,8 @@ def _peak(make: Callable[..., Ways], args: tuple, way: str) -> float:
 
 
 def _highest() -> float:
-    """Most memory that this process has used, in megabytes."""
-    status = Path("/proc/self/status")  # getrusage starts from the peak of the process that started this one
-    if status.is_file():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-# ------------------------------------------------------------------------------------------------- text prompts
+    """Most memory that this process has used, in megabytes; not from getrusage, which starts from the parent's."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
 
 
 def random_clip(arch: str = "RN50") -> torch.nn.Module:
@@ -118,22 +109,25 @@ def padded(model: Method, prompts: torch.Tensor) -> torch.Tensor:
 def text_ways(classes: int, n_ctx: int, csc: bool) -> Ways:
     """A forward and backward pass of the text encoder. More than 100 classes at 77 tokens need chunks to fit."""
     model = method(coop, classes, N_CTX=n_ctx, CSC=csc)
-    chunked = method(coop, classes, N_CTX=n_ctx, CSC=csc, TEXT_CHUNK=100)
 
     def reference() -> None:
         for rows in torch.arange(classes).split(100):
             padded(model, model.learned()[0][rows]).sum().backward()
 
-    ways = {"77 tokens": reference, "ours": lambda: model.text_features().sum().backward()}
-    return ways if classes <= 100 else {**ways, "TEXT_CHUNK 100": lambda: chunked.text_features().sum().backward()}
+    def ours(chunk: int = 0) -> None:
+        model.text_encoder.chunk = chunk
+        model.text_features().sum().backward()
+
+    chunked = {"TEXT_CHUNK 100": lambda: ours(100)} if classes > 100 else {}
+    return {"77 tokens": reference, "ours": ours, **chunked}
 
 
-def text(quick: bool) -> Iterator[dict]:
+def text(quick: bool) -> Iterator[Row]:
     cases = [(100, 16, False), (100, 4, True)] if quick else [(100, 16, False), (1000, 16, False), (1000, 4, True)]
     for case in cases:
         title = f"C = {case[0]}, M = {case[1]}, {'class-specific' if case[2] else 'shared'} context"
-        rounds, memory = (1 if quick else 2 if case[0] > 100 else 5), peak_memory(text_ways, *case)
-        yield from compare(title, text_ways(*case), rounds, None if quick and case[2] else memory)
+        memory = peak_memory(text_ways, *case)
+        yield from compare(title, text_ways(*case), 1 if quick or case[0] > 100 else 3, memory)
 
 
 def cocoop_ways(classes: int, batch: int) -> Ways:
@@ -155,106 +149,77 @@ def cocoop_ways(classes: int, batch: int) -> Ways:
     }
 
 
-def cocoop_step(quick: bool) -> Iterator[dict]:
+def cocoop_step(quick: bool) -> Iterator[Row]:
     for batch in (1,) if quick else (1, 4):
         title, rounds = f"C = 50, batch {batch}", 2 if quick else 5
         yield from compare(title, cocoop_ways(50, batch), rounds, peak_memory(cocoop_ways, 50, batch))
 
 
-# ------------------------------------------------------------------------------------------------- LoGoPrompt
+def step_ways(arch: str, batch: int, classes: int, k: int) -> tuple[Ways, Ways]:
+    """Training and test; the floor is the encoders alone, on the same tensors: (2 + K) * B images and the text pass."""
+    model = method(logoprompt, classes, arch, CTX_INIT="a photo of a", K=k)
+    image, label, paths = torch.randn(batch, 3, 224, 224), torch.arange(batch), [f"{i}.jpg" for i in range(batch)]
+    copies, text_features = torch.randn(batch * (1 + k), 3, 224, 224), model.text_features().detach()
+
+    @torch.no_grad()
+    def encode(n: int) -> None:
+        for part in (image, *copies[: batch * n].split(CHUNK)):
+            model.backbone.encode_image(part)
+
+    def floor() -> None:
+        encode(1 + k)
+        model.text_features().sum().backward()
+
+    step = lambda: model.loss(ImageBatch(model.backbone, image), label).total.backward()  # noqa: E731
+    test = torch.no_grad()(lambda: model.score(ImageBatch(model.backbone, image, paths), text_features))
+    return {"floor": floor, "step": step}, {"floor": lambda: encode(k), "evaluation": test}
 
 
-def step(quick: bool) -> Iterator[dict]:
-    """The floor is the encoders alone on the same tensors: (2 + K) * B images and the text pass, (1 + K) * B images."""
-    batch, classes, k = 8, 50, 5
-    image, label = torch.randn(batch, 3, 224, 224), torch.arange(batch)
-    copies = torch.randn(batch * (1 + k), 3, 224, 224)
+def step(quick: bool) -> Iterator[Row]:
     for arch in ("RN50",) if quick else ("RN50", "ViT-B-16"):
-        model, rounds = method(logoprompt, classes, arch, CTX_INIT="a photo of a", K=k), 2 if quick else 5
-        encode, text_features = torch.no_grad()(model.backbone.encode_image), model.text_features().detach()
-
-        def encode_all(n: int, encode: Callable = encode) -> None:
-            for part in (image, *copies[:n].split(CHUNK)):
-                encode(part)
-
-        def floor(model: Method = model, encode_all: Callable = encode_all) -> None:
-            encode_all(len(copies))
-            model.text_features().sum().backward()
-
-        def train_step(model: Method = model) -> None:
-            model.loss(ImageBatch(model.backbone, image), label).total.backward()
-
-        def test(model: Method = model, text_features: torch.Tensor = text_features) -> None:
-            with torch.no_grad():
-                paths = [f"images/{i}.jpg" for i in range(batch)]
-                model.score(ImageBatch(model.backbone, image, paths), text_features)
-
-        title = f"{arch}, B = {batch}, C = {classes}, K = {k}"
-        yield from compare(f"{title}, training", {"floor": floor, "step": train_step}, rounds)
-        yield from compare(f"{title}, test", {"floor": lambda: encode_all(batch * k), "evaluation": test}, rounds)  # noqa: B023
+        for title, ways in zip(("training", "test"), step_ways(arch, batch=8, classes=50, k=5)):
+            yield from compare(f"{arch}, B = 8, C = 50, K = 5, {title}", ways, 2 if quick else 5)
 
 
-# ------------------------------------------------------------------------------------------------- whole runs
-
-
-def run(work: str, config: str, dataset: str, root: Path, folder: Path, seed: int, *opts: Any) -> tuple[float, Any]:
-    """Seconds that a LoGoPrompt trainer takes to ``train`` or ``test``, and the trainer."""
-    argv = [*arguments("LoGoPrompt", dataset, config, root, folder, seed, "all"), "DATALOADER.NUM_WORKERS", "0"]
+def run(work: str, config: str, root: Path, output: Path, seed: int, *opts: Any) -> tuple[float, Any]:
+    """Seconds that a LoGoPrompt trainer takes to ``train`` or ``test`` on Shapes, and the trainer."""
+    argv = arguments("LoGoPrompt", "shapes", config, root, output, seed, "all")
+    argv += ["DATALOADER.NUM_WORKERS", "0", "TRAIN.PRINT_FREQ", "1000000", *map(str, opts)]
     with redirect_stdout(io.StringIO()):
-        cfg = train.setup_cfg(train.parse_args([*argv, *map(str, opts)]))
         train.set_random_seed(seed)
-        trainer = train.build_trainer(cfg)
+        trainer = train.build_trainer(train.setup_cfg(train.parse_args(argv)))
         start = time.perf_counter()
         getattr(trainer, work)()
         return time.perf_counter() - start, trainer
 
 
-def rows_of(seconds: dict[str, float]) -> Iterator[dict]:
-    first = next(iter(seconds.values()))
-    yield from ({"label": label, "seconds": t, "ratio": t / first, "megabytes": None} for label, t in seconds.items())
-
-
-def make_photos(root: Path, classes: int, images: int) -> None:
-    """A data set of noise as large as photographs: one training image and ``images`` test images per class."""
-    for label in range(classes):
-        for part, count in (("train", 1), ("test", images)):
-            folder = root / part / f"{label:04d}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = np.random.default_rng([label, i]).integers(0, 256, (47, 63, 3), dtype=np.uint8)
-                Image.fromarray(pixels).resize((500, 375)).save(folder / f"{i}.jpg")
-    lines = [f"{label:04d} {name}\n" for label, name in enumerate(IMAGENET_CLASSNAMES[:classes])]
-    (root / "classnames.txt").write_text("".join(lines), encoding="utf-8")
-
-
-def sweep(quick: bool) -> Iterator[dict]:
-    """Evaluations of untrained prompts; after the first, features of test images come from the store."""
-    classes, images = (10, 1) if quick else (50, 2)
+def sweep(quick: bool) -> Iterator[Row]:
+    """Evaluations of untrained prompts; after the first, image features come from the store."""
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        make_photos(root / "photos", classes, images)
-        torch.save(random_clip().state_dict(), root / "rn50.pt")
-        opts = ("DATASET.NUM_SHOTS", 1, "MODEL.BACKBONE.NAME", root / "rn50.pt", "TEST.FEATURES")
+        weights, store = Path(folder, "rn50.pt"), Path(folder, "features.sqlite")
+        torch.save(random_clip().state_dict(), weights)
+        few = ("DATASET.SUBSAMPLE_CLASSES", "base", "DATASET.NUM_SHOTS", 1) if quick else ("DATASET.NUM_SHOTS", 4)
+        opts = (*few, "TEST.SPLIT", "val", "MODEL.BACKBONE.NAME", weights, "TEST.FEATURES")
+        names = {"no store": 1, "empty store": 1, "full store": 1, "another seed": 2, "the same again": 2}
         seconds, predictions = {}, {}
-        for label, seed, store in (("no store", 1, ""), ("empty store", 1, "store"), ("full store", 1, "store"),
-                                   ("another seed", 2, "store"), ("the same again", 2, "store")):  # fmt: skip
-            where = root / "photos", root / label, seed, *opts, store and root / store
-            seconds[label], trainer = run("test", "rn50", "folder", *where)
+        for name, seed in names.items():
+            used = "" if name == "no store" else store
+            seconds[name], trainer = run("test", "rn50", Path(folder), Path(folder, name), seed, *opts, used)
             found = trainer.evaluation.predictions
             if predictions.setdefault(seed, found) != found:
-                raise SystemExit(f"error: {label}: other predictions than without a store")
-    yield from rows_of(seconds)
+                raise SystemExit(f"error: {name}: other predictions than without a store")
+    yield from rows_of({f"{len(found)} images, {name}": value for name, value in seconds.items()})
 
 
-def runs(quick: bool) -> Iterator[dict]:
-    """Training on Shapes with the embedded CLIP: one epoch as shots grow; cached views instead of fresh ones."""
+def runs(quick: bool) -> Iterator[Row]:
+    """Training with the embedded CLIP: one epoch as shots grow; cached views instead of fresh ones."""
     with tempfile.TemporaryDirectory() as folder:
 
         def learn(epochs: int, shots: int, views: int) -> float:
             opts = ("OPTIM.MAX_EPOCH", epochs, "DATASET.NUM_SHOTS", shots, "TRAINER.LOGOPROMPT.VIEWS", views)
-            opts = (*opts, "TEST.NO_TEST", True, "TRAIN.CHECKPOINT_FREQ", 0, "TRAIN.PRINT_FREQ", 10**6)
             with tempfile.TemporaryDirectory() as output:
-                return run("train", "tiny96_ep10_ctxv1", "shapes", Path(folder), Path(output), 1, *opts)[0]
+                opts = (*opts, "TEST.NO_TEST", True, "TRAIN.CHECKPOINT_FREQ", 0)
+                return run("train", "tiny96_ep10_ctxv1", Path(folder), Path(output), 1, *opts)[0]
 
         learn(1, 1, 0)  # draws the images, imports TensorBoard
         yield from rows_of({f"1 epoch, {n} shots": learn(1, n, 0) for n in ((4, 16) if quick else (1, 2, 4, 8, 16))})
@@ -263,13 +228,11 @@ def runs(quick: bool) -> Iterator[dict]:
         yield from rows_of({f"{title}, {v or 'fresh'} views": learn(epochs, shots, v) for v in (0, views)})
 
 
-# ------------------------------------------------------------------------------------------------- command
-
-BENCHMARKS: dict[str, tuple[str, Callable[[bool], Iterator[dict]]]] = {
+BENCHMARKS: dict[str, tuple[str, Callable[[bool], Iterator[Row]]]] = {
     "text": ("Text encoder, forward and backward (12 layers, width 512)", text),
     "cocoop": ("A training step of CoCoOp, RN50", cocoop_step),
     "step": ("LoGoPrompt and the encoders alone, on the same tensors", step),
-    "sweep": ("Evaluations of a sweep, RN50, 224 pixels, K = 5", sweep),
+    "sweep": ("Evaluations of a sweep on Shapes, RN50, 224 pixels, K = 5", sweep),
     "runs": ("Training runs on Shapes with the embedded CLIP, 32 classes, K = 5", runs),
 }
 
@@ -285,10 +248,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for name in args.only:
         title, benchmark = BENCHMARKS[name]
         found[name] = list(benchmark(args.quick))
-        frame = pd.DataFrame(found[name], columns=["label", "seconds", "ratio", "megabytes"]).astype(
-            {"megabytes": float}
-        )
-        table = frame.to_markdown(index=False, floatfmt=("", ".2f", ".3f", ",.0f"), missingval="")
+        frame = pd.DataFrame(found[name]).fillna({"megabytes": ""})
+        table = frame.to_markdown(index=False, floatfmt=("", ".2f", ".3f", ",.0f"))
         print(f"## {title}{', quick: smaller' if args.quick else ''}\n\n{table}\n", flush=True)
     if args.json:
         write_text(str(args.json), json.dumps(found, indent=1) + "\n")

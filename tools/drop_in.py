@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -45,27 +46,24 @@ def content(path: Path) -> dict[str, bytes]:
 def state(checkout: Path, part: str) -> str:
     """``same``, ``missing`` or ``differs (files)`` (also where a link is in the way)."""
     target, ours = checkout / part, content(ROOT / part)
-    if not os.path.lexists(target):
-        return "missing"
     theirs = content(target) if target.resolve() == target else {}
     differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-    return f"differs ({', '.join(differing)})" if differing else "same"
+    there = os.path.lexists(target)
+    return f"differs ({', '.join(differing)})" if there and differing else "same" if there else "missing"
 
 
 def write(source: Path, target: Path, text: Optional[bytes] = None) -> None:
     """Copy a file or folder atomically; with a text, only the permissions."""
-    temporary = target.with_name(f".{target.name}.drop_in")
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with tempfile.TemporaryDirectory(prefix=".drop_in_", dir=target.parent) as folder:
+        copy = Path(folder, target.name)
         if source.is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", ".*")
-            shutil.copytree(source, temporary, ignore=ignored, dirs_exist_ok=True)
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__", ".*"))
         else:
-            temporary.write_bytes(source.read_bytes() if text is None else text)
-            shutil.copymode(source, temporary)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+            shutil.copy(source, copy)
+        if text is not None:
+            copy.write_bytes(text)
+        os.replace(copy, target)
 
 
 def missing_lines(text: bytes) -> list[bytes]:
@@ -91,24 +89,22 @@ def change(checkout: Path, remove: bool) -> str:
     states, train = {part: state(checkout, part) for part in PARTS}, checkout / "train.py"
     for part, found in states.items():
         if found.startswith("differs"):
-            raise Refusal(f"{part} {found}: it is not as here, so it stays; move it away first")
-    parts = [part for part, found in states.items() if found == ("same" if remove else "missing")]
+            raise Refusal(f"{part} {found} from ours; move it away first")
+    parts = [checkout / part for part, found in states.items() if found == ("same" if remove else "missing")]
     text = edited(train.read_bytes(), remove)
-    for path in [train, *map(checkout.joinpath, parts)]:
+    for path in [train, *parts]:
         folder = next(parent for parent in path.parents if os.path.lexists(parent))
         if folder.resolve() != folder or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise Refusal(f"{folder} is not a folder that can be written")
-    for part in () if remove else parts:
-        write(ROOT / part, checkout / part)
+    for path in () if remove else parts:
+        write(ROOT / path.relative_to(checkout), path)
     if text != train.read_bytes():
         write(train, train, text)
-    for path in map(checkout.joinpath, parts if remove else ()):
+    for path in (*parts, *(checkout / "trainers/__pycache__").glob("logoprompt.*.pyc")) if remove else ():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         with suppress(OSError):
             path.parent.rmdir()  # where it is empty
             path.parent.parent.rmdir()
-    for compiled in (checkout / "trainers" / "__pycache__").glob("logoprompt.*.pyc") if remove else ():
-        compiled.unlink()
     return f"{checkout}: {len(parts)} parts {'removed' if remove else 'copied'}"
 
 
