@@ -142,8 +142,10 @@ def test_scripts_work_in_the_checkout(checkout):
         ["new", "30.00"],
         ["H", "40.00"],
     ]
-    done = script("shapes", "1")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "shapes.yaml: no such file" in done.stderr
+    environment["BACKBONE"] = "tiny"
+    for dataset, fault in (("shapes", "shapes.yaml: no such file"), ("caltech101", "tiny_clip.pt: no such file")):
+        done = script(dataset, "1")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and fault in done.stderr
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
