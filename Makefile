@@ -1,10 +1,10 @@
-# make test     sets up .venv if need be, then runs the tests and says which lines they run
-# make mutants  changes the arithmetic of the method in a thousand ways and counts those that the tests notice
-# make soak     what kills runs at every moment there is; takes half an hour
-# make demo     the method on the embedded world; sets up .venv if need be, then takes minutes
-# make install  sets up .venv
-# make lint     ruff, check only
-# make format   ruff, in place
+# make install  set up .venv; the other targets do this first
+# make demo     train and compare methods on the toy world, in minutes
+# make test     run the tests and report line coverage
+# make soak     kill runs at every possible moment; half an hour
+# make mutants  mutation testing: change the arithmetic of the method and count the changes that the tests notice
+# make lint     check style with ruff
+# make format   fix style with ruff
 PYTHON ?= python3
 VENV ?= .venv
 STAMP = $(VENV)/.installed
@@ -14,15 +14,14 @@ STAMP = $(VENV)/.installed
 test: install
 	$(VENV)/bin/python -m pytest --cov
 
-# From scratch, since mutmut does not see that a test has changed. One thread, because workers are forked and two of them
-# share the cores with each other.
+# From scratch, because mutmut does not notice changed tests. One thread each, because two workers share the cores.
 mutants: $(VENV)/.mutmut
 	rm -rf mutants
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m mutmut run
 	$(VENV)/bin/python tests/mutants.py
 
 $(VENV)/.mutmut: $(STAMP)
-	$(VENV)/bin/python -c 'import sys; assert sys.version_info >= (3, 10), "mutmut needs Python 3.10 or newer"'
+	$(VENV)/bin/python -c 'import sys; assert sys.version_info >= (3, 10), "mutmut requires Python 3.10 or newer"'
 	$(VENV)/bin/python -m pip install --quiet 'mutmut>=3.8,<4'
 	touch $@
 
@@ -35,7 +34,7 @@ demo: install
 install: $(STAMP)
 
 $(STAMP): requirements.txt
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 9), "Python 3.9 or newer is needed"'
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 9), "Python 3.9 or newer is required"'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet -r requirements.txt

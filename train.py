@@ -1,11 +1,11 @@
-"""Train or evaluate a method: CoOp's command line.
+"""Train or evaluate a method, with CoOp's command line.
 
     python train.py --root DATA --seed 1 --trainer LoGoPrompt \\
         --dataset-config-file configs/datasets/caltech101.yaml \\
         --config-file configs/trainers/LoGoPrompt/vit_b16_ctxv1.yaml \\
         --output-dir output/test DATASET.NUM_SHOTS 16 DATASET.SUBSAMPLE_CLASSES base
 
-A mistake in what was asked for ends in one line on stderr and exit status 2.
+Mistakes of the user are reported on stderr, one line each, and end the run with exit status 2.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from trainers.prompting.errors import UserError
 from trainers.prompting.names import flat_config, printable
 from trainers.prompting.run_folder import locked
 
-WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", tuple: "a list"}  # for types
-WORDS[list] = WORDS[tuple]
-MOST_VALUES = 10_000  # in a config file
+TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
+TYPE_NAMES[tuple] = TYPE_NAMES[list] = "a list"
+MAX_VALUES = 10_000  # in a config file
 
 
 def extend_cfg(cfg: CN) -> None:
@@ -51,7 +51,7 @@ def extend_cfg(cfg: CN) -> None:
 
 
 def reset_cfg(cfg: CN, args: argparse.Namespace) -> None:
-    """Let the flags overrule the config files."""
+    """Override the config with the flags."""
     flags = {
         "DATASET.ROOT": args.root,
         "OUTPUT_DIR": os.path.expanduser(args.output_dir),
@@ -66,65 +66,61 @@ def reset_cfg(cfg: CN, args: argparse.Namespace) -> None:
     }
     for key, value in flags.items():
         if value:
-            *path, leaf = key.split(".")
-            node = cfg
-            for part in path:
-                node = node[part]
-            node[leaf] = value
+            _set(cfg, key, value)
 
 
 def setup_cfg(args: argparse.Namespace) -> CN:
-    """Defaults, then the data set's file, the method's file, the flags, and last the KEY VALUE pairs.
+    """Merge defaults, the data set's file, the method's file, the flags and the KEY VALUE pairs, in this order.
 
     Raises:
-        UserError: everything that is wrong, a line each: a file that is missing or no YAML, unknown keys, values of the
-            wrong type, unknown names, values that nothing can be done with.
+        UserError: one line for every mistake: missing or malformed files, unknown keys and names, values of the wrong
+            type or outside their range.
     """
     cfg = get_cfg_default()
     extend_cfg(cfg)
-    wrong: list[str] = []
+    errors: list[str] = []
     for flag, path in (("--dataset-config-file", args.dataset_config_file), ("--config-file", args.config_file)):
         if path:
-            wrong += merge_file(cfg, path, flag)
+            errors += merge_file(cfg, path, flag)
     reset_cfg(cfg, args)
-    wrong += merge_pairs(cfg, args.opts)
+    errors += merge_pairs(cfg, args.opts)
     for kind, name, registry in (
         ("trainer (--trainer)", cfg.TRAINER.NAME, TRAINER_REGISTRY),
         ("data set (DATASET.NAME, --dataset-config-file)", cfg.DATASET.NAME, DATASET_REGISTRY),
     ):
         known = sorted(registry.registered_names())
         if name not in known:
-            wrong.append(f'unknown {kind} "{name}"{_perhaps(name, known, 0.4)}: choose one of {", ".join(known)}')
+            errors.append(f'unknown {kind} "{name}"{_hint(name, known, 0.4)}: choose one of {", ".join(known)}')
         elif registry is TRAINER_REGISTRY:
-            wrong += getattr(registry.get(name), "config_errors", lambda cfg: [])(cfg)
-    if wrong:
-        raise UserError(*wrong)
+            errors += getattr(registry.get(name), "config_errors", lambda cfg: [])(cfg)
+    if errors:
+        raise UserError(*errors)
     cfg.freeze()
     return cfg
 
 
 def merge_file(cfg: CN, path: str, flag: str) -> list[str]:
-    """Let a YAML file overrule the config as far as it can. Returns a line for everything that is wrong with it."""
+    """Override the config with the valid keys of a YAML file. Returns one line for every mistake in it."""
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
-        too_many = next(islice(_leaves(content), MOST_VALUES, None), None)
+        too_many = next(islice(_values(content), MAX_VALUES, None), None)
     except FileNotFoundError:
         return [f"{path}: no such file ({flag})"]
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8
         return [f"{path}: {' '.join(str(error).split())}"]
     if too_many:
-        return [f"{path}: more than {MOST_VALUES} values, counted where they are referred to"]
+        return [f"{path}: more than {MAX_VALUES} values, with every reference counted"]
     if not isinstance(content, dict):
         return [] if content is None else [f"{path}: not a mapping of config keys"]
-    return [f"{path}: {wrong}" for wrong in _merge_tree(cfg, cfg, content)]
+    return [f"{path}: {error}" for error in _merge_tree(cfg, cfg, content)]
 
 
-def _leaves(content: Any) -> Iterator[bool]:
-    """As many items as there are values in what a YAML file holds; a few lines of references can make billions."""
+def _values(content: Any) -> Iterator[bool]:
+    """Yield once per value; a few lines of YAML references can expand to billions."""
     if isinstance(content, (dict, list)):
         for value in content.values() if isinstance(content, dict) else content:
-            yield from _leaves(value)
+            yield from _values(value)
     yield True
 
 
@@ -138,43 +134,48 @@ def _merge_tree(cfg: CN, node: CN, content: dict[Any, Any], prefix: str = "") ->
 
 
 def merge_pairs(cfg: CN, pairs: Sequence[str]) -> list[str]:
-    """Let KEY VALUE pairs overrule the config as far as they can. Returns a line for everything that is wrong."""
-    wrong = [w for key, value in zip(pairs[::2], pairs[1::2]) for w in _merge(cfg, key, value)]
+    """Override the config with the valid KEY VALUE pairs. Returns one line for every mistake."""
+    errors = [error for key, value in zip(pairs[::2], pairs[1::2]) for error in _merge(cfg, key, value)]
     if len(pairs) % 2:
-        wrong.append(f"{pairs[-1]}: a value is missing, KEY VALUE pairs are needed")
-    return [f"command line: {w}" for w in wrong]
+        errors.append(f"{pairs[-1]}: a value is missing, KEY VALUE pairs are needed")
+    return [f"command line: {error}" for error in errors]
 
 
 def _merge(cfg: CN, key: str, value: Any) -> Iterator[str]:
-    """Set a key as yacs does, and a number where it wants one with a decimal point; a line if that cannot be."""
-    before = flat_config(cfg)
-    if key not in before:
-        group = any(known.startswith(f"{key}.") for known in before)
-        yield f"{key}: a group of keys, not a key" if group else f"unknown key {key}{_perhaps(key, list(before), 0.6)}"
+    """Set a key as yacs does, but also accept whole numbers for floats. Yields a line if it cannot be set."""
+    current = flat_config(cfg)
+    if key not in current:
+        group = any(known.startswith(f"{key}.") for known in current)
+        yield f"{key}: a group of keys, not a key" if group else f"unknown key {key}{_hint(key, list(current), 0.6)}"
         return
     with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-        value = ast.literal_eval(value) if isinstance(value, str) else value  # also 1e-5, which is a text in YAML
-    old = before[key]
+        value = ast.literal_eval(value) if isinstance(value, str) else value  # also 1e-5, a string in YAML
+    old = current[key]
     if isinstance(old, float) and type(value) is int:
         with suppress(OverflowError):
             value = float(value)
     elif isinstance(old, (tuple, list)) and isinstance(value, (tuple, list)):
         value = type(old)(value)
-    if type(value) is not type(old):
-        wanted, found = (WORDS.get(kind, kind.__name__) for kind in (type(old), type(value)))
-        yield f"{key} {reprlib.repr(value)[:100]}: must be {wanted}, not {found}"
-        return
+    if type(value) is type(old):
+        _set(cfg, key, value)
+    else:
+        needed, given = (TYPE_NAMES.get(kind, kind.__name__) for kind in (type(old), type(value)))
+        yield f"{key} {reprlib.repr(value)[:100]}: must be {needed}, not {given}"
+
+
+def _set(cfg: CN, key: str, value: Any) -> None:
     *path, leaf = key.split(".")
     reduce(CN.__getitem__, path, cfg)[leaf] = value
 
 
-def _perhaps(name: str, known: Sequence[str], cutoff: float) -> str:
-    hint = get_close_matches(name, known, n=1, cutoff=cutoff)
-    return f", perhaps {hint[0]}" if hint else ""
+def _hint(name: str, known: Sequence[str], cutoff: float) -> str:
+    """A suggestion for a misspelt name, or nothing."""
+    matches = get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f", perhaps {matches[0]}" if matches else ""
 
 
 def print_args(args: argparse.Namespace, cfg: CN) -> None:
-    """Print what the run was asked to do, in CoOp's form."""
+    """Print arguments and config in CoOp's format."""
     print("***************\n** Arguments **\n***************")
     for key, value in sorted(vars(args).items()):
         print(f"{key}: {value}")
@@ -182,72 +183,69 @@ def print_args(args: argparse.Namespace, cfg: CN) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """One run: train and test, or test only, with the output folder to itself."""
+    """Train and test, or only test, holding the lock of the output folder."""
     cfg = setup_cfg(args)
     with locked(cfg.OUTPUT_DIR):
-        _run(args, cfg)
-
-
-def _run(args: argparse.Namespace, cfg: CN) -> None:
-    if cfg.SEED >= 0:
-        print(f"Setting fixed seed: {cfg.SEED}")
-        set_random_seed(cfg.SEED)
-    setup_logger(cfg.OUTPUT_DIR)
-    if torch.cuda.is_available() and cfg.USE_CUDA:
-        torch.backends.cudnn.benchmark = True
-    print_args(args, cfg)
-    print(f"Collecting env info ...\n** System info **\n{collect_env_info()}\n")
-
-    try:
-        trainer = build_trainer(cfg)
-    except ValueError as error:  # Dassl's word for an option it does not know (optimiser, transform, sampler, …)
-        raise UserError(" ".join(str(error).split())) from error
-    if args.eval_only:
-        trainer.load_model(args.model_dir, epoch=args.load_epoch)
-        trainer.test()
-    elif not args.no_train:
-        if getattr(trainer.dm.dataset, "test_only", False):
-            raise UserError(
-                f"{cfg.DATASET.NAME} has no training images: add --eval-only, and --model-dir for a trained one"
-            )
-        trainer.train()
+        if cfg.SEED >= 0:
+            print(f"Setting fixed seed: {cfg.SEED}")
+            set_random_seed(cfg.SEED)
+        setup_logger(cfg.OUTPUT_DIR)
+        if torch.cuda.is_available() and cfg.USE_CUDA:
+            torch.backends.cudnn.benchmark = True
+        print_args(args, cfg)
+        print(f"Collecting env info ...\n** System info **\n{collect_env_info()}\n")
+        try:
+            trainer = build_trainer(cfg)
+        except ValueError as error:  # Dassl's exception for unknown options (optimizer, transform, sampler, …)
+            raise UserError(" ".join(str(error).split())) from error
+        if args.eval_only:
+            trainer.load_model(args.model_dir, epoch=args.load_epoch)
+            trainer.test()
+        elif not args.no_train:
+            if getattr(trainer.dm.dataset, "test_only", False):
+                raise UserError(
+                    f"{cfg.DATASET.NAME} has no training images: add --eval-only, and --model-dir for a trained model"
+                )
+            trainer.train()
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """CoOp's flags."""
+    """Parse CoOp's flags."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    text = {"type": str, "default": ""}
-    parser.add_argument("--root", help="folder of the data sets", **text)
-    parser.add_argument("--output-dir", help="folder for everything that the run writes", **text)
-    parser.add_argument("--resume", help="run folder from which training goes on", **text)
-    parser.add_argument("--seed", type=int, default=-1, help="only a positive value fixes the seed")
+    for flag, text in {
+        "--root": "folder of the data sets",
+        "--output-dir": "run folder, which receives all output",
+        "--resume": "run folder from which training continues",
+        "--config-file": "config of the method",
+        "--dataset-config-file": "config of the data set",
+        "--trainer": "name of the trainer",
+        "--backbone": "CLIP weights: a name, a path or arch/tag (MODEL.BACKBONE.NAME)",
+        "--head": "unused, as in CoOp (MODEL.HEAD.NAME)",
+        "--model-dir": "run folder whose model --eval-only evaluates",
+    }.items():
+        parser.add_argument(flag, default="", help=text)
+    parser.add_argument("--seed", type=int, default=-1, help="positive values fix the seed")
     parser.add_argument("--source-domains", nargs="+", help="source domains")
     parser.add_argument("--target-domains", nargs="+", help="target domains")
     parser.add_argument("--transforms", nargs="+", help="data augmentation")
-    parser.add_argument("--config-file", help="config of the method", **text)
-    parser.add_argument("--dataset-config-file", help="config of the data set", **text)
-    parser.add_argument("--trainer", help="name of the trainer", **text)
-    parser.add_argument("--backbone", help="CLIP weights: a name, a path or arch/tag (MODEL.BACKBONE.NAME)", **text)
-    parser.add_argument("--head", help="unused here, as in CoOp (MODEL.HEAD.NAME)", **text)
-    parser.add_argument("--eval-only", action="store_true", help="evaluate, do not train")
-    parser.add_argument("--model-dir", help="run folder whose model is evaluated with --eval-only", **text)
+    parser.add_argument("--eval-only", action="store_true", help="evaluate without training")
     parser.add_argument("--load-epoch", type=int, help="epoch of that model; default: the best one, else the last")
-    parser.add_argument("--no-train", action="store_true", help="build everything, do not train")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs that overrule the config")
+    parser.add_argument("--no-train", action="store_true", help="build everything, then stop")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs that override the config")
     return parser.parse_args(argv)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Returns the exit status: 0, or 2 for a mistake of the user's. A signal in training is a SystemExit (130, 143)."""
+    """Return the exit status: 0, or 2 for a mistake of the user. A signal in training raises SystemExit (130, 143)."""
     try:
         run(parse_args(argv))
     except UserError as error:
         return _fail(*map(str, error.args))
     except FloatingPointError as error:
-        return _fail(f"{error}; training cannot go on: lower OPTIM.LR")
-    except OSError as error:  # a file or folder that cannot be read or written; raised in a worker it has many lines
+        return _fail(f"{error}; training cannot continue: lower OPTIM.LR")
+    except OSError as error:  # an unreadable or unwritable file; raised in a worker, the message has many lines
         if error.filename and error.strerror:
             return _fail(f"{error.filename}: {error.strerror}")
         return _fail(str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: "))
@@ -263,6 +261,6 @@ def _fail(*messages: str) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:  # before or after training, in which it is a matter of checkpoints
+    except KeyboardInterrupt:  # before or after training, where there is no checkpoint to save
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -1,7 +1,5 @@
 """ImageNet-A (Hendrycks et al. 2021): photographs that a ResNet-50 gets wrong, of 200 of ImageNet's classes."""
 
-from __future__ import annotations
-
 from dassl.data.datasets import DATASET_REGISTRY
 
 from .imagenet import ImageNetVariant

@@ -1,7 +1,5 @@
 """ImageNet-R (Hendrycks et al. 2021): art, drawings, toys … of 200 of ImageNet's classes."""
 
-from __future__ import annotations
-
 from dassl.data.datasets import DATASET_REGISTRY
 
 from .imagenet import ImageNetVariant

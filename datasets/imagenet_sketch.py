@@ -1,7 +1,5 @@
 """ImageNet-Sketch (Wang et al. 2019): sketches of ImageNet's 1000 classes."""
 
-from __future__ import annotations
-
 from dassl.data.datasets import DATASET_REGISTRY
 
 from .imagenet import ImageNetVariant

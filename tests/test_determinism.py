@@ -21,7 +21,7 @@ from tiny import arguments, caltech_tree
 
 import datasets
 from trainers.prompting import images as reading
-from trainers.prompting.images import DecodedImages, decoded_size
+from trainers.prompting.data import DecodedImages, decoded_size
 
 
 def outcome(run, trainer, *opts, out, flags=(), seed=1):  # noqa: F811

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
 import train
-from trainers.prompting.images import DecodedImages, decoded_size, read_image
+from trainers.prompting.data import DecodedImages, decoded_size, read_image
 from trainers.prompting.trainer import ImageDataset
 
 

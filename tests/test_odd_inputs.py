@@ -17,8 +17,8 @@ import preview
 import train
 from datasets.splits import Entry, check_labels, read_split
 from trainers.prompting.backbone import load_clip
+from trainers.prompting.data import DecodedImages, decoded_size, read_image
 from trainers.prompting.errors import UserError
-from trainers.prompting.images import DecodedImages, decoded_size, read_image
 from trainers.prompting.names import clean_name, matching_names, printable
 from trainers.prompting.synthetic import rasterise, render_blocks
 from trainers.prompting.text import PromptLearner, TextEncoder, encode_tokens

@@ -31,8 +31,8 @@ from datasets.splits import read_split
 from trainers.prompting import images as reading
 from trainers.prompting.backbone import load_clip
 from trainers.prompting.checkpoints import read_checkpoint
+from trainers.prompting.data import decoded_size, read_image
 from trainers.prompting.errors import UserError
-from trainers.prompting.images import decoded_size, read_image
 from trainers.prompting.inert import load_inert, load_plain, load_script, load_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -688,7 +688,7 @@ def test_a_bomb_in_a_data_set_is_named(workers, data_root, rn_file, tmp_path, ca
 
 def test_limits_of_pillow_are_in_force():
     assert PngImagePlugin.MAX_TEXT_CHUNK <= 2**20 and PngImagePlugin.MAX_TEXT_MEMORY <= 2**26
-    assert "EPS" not in reading.FORMATS and sys.modules["trainers.prompting.images"] is reading
+    assert "EPS" not in reading.FORMATS and sys.modules["trainers.prompting.data"] is reading
 
 
 # ------------------------------------------------------------------------------------------------- SECURITY.md

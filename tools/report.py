@@ -1,272 +1,251 @@
-"""The paper's tables and figures from finished runs, beside the published numbers.
+"""The paper's tables and figures from finished runs, next to the published numbers.
 
     python tools/report.py output                       # everything in output/, into output/report/
     python tools/report.py output/base2new --seeds 1 --partial --out base2new_so_far
 
-Every folder is searched for ``results.json``. What comes out: tables on the terminal, ``report.html`` (one page that
-needs nothing else), ``report.md``, ``runs.csv`` and ``cells.csv`` (full precision) and a PNG and SVG per figure.
+Every folder is searched for ``results.json``. The tables are printed and written to ``report.html`` (self-contained),
+``report.md`` and ``cells.csv`` (full precision), the runs to ``runs.csv``, each figure to a PNG and an SVG.
 
-Cells are mean ± standard deviation (of the sample, n - 1) over seeds. Exit status: 0, or 1 where runs are missing,
-unfinished or damaged or do not belong together (one line each; nothing is written unless --partial is there), or 2 for
-a mistake of the user's, among them the same run in two folders.
+Cells are mean ± standard deviation (of the sample, n - 1) over seeds. Exit status: 0; 1 if runs are missing,
+unfinished, damaged or mixed (one line each; nothing is written without --partial); 2 for a mistake in the call, among
+them the same run in two folders.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import csv
 import io
 import json
 import os
 import re
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
-from report_tables import KINDS, NAME, Cell, Report, Run, Table, UserError, collect, shown  # isort: skip
-import jinja2
+import pandas as pd
+from markdown_it import MarkdownIt
+from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
+from rich.markdown import Markdown
+from tabulate import tabulate
+from tqdm import tqdm
 
-from report_examples import Example, predictions
-from report_figures import Plot, draw_plot, inline_svg, plots
+from report_data import NAME, TITLES, Report, Table, UserError, make_report, replacing, shown
+from report_figures import figures, render
 
 ROOT = Path(__file__).resolve().parents[1]
+MODELS_TRIED = 4  # runs tried for example predictions
+IMAGES_TRIED = 3  # images predicted for each that is shown
 
 
-# ------------------------------------------------------------------------------------------------- text
+class Picture(NamedTuple):
+    """A picture on the page."""
+
+    data: bytes  # PNG, JPEG or SVG
+    caption: str
 
 
-def _cells(table: Table, cells: Sequence[Optional[Cell]]) -> Iterator[tuple[str, bool]]:
-    """(text, whether it is the best) of the columns of a row, with those of the paper."""
-    for cell, compared in zip(cells, table.compared):
-        yield (cell.text, cell.best) if cell else ("–", False)
-        if compared:
-            known = cell is not None and cell.published is not None
-            yield (f"{cell.published:.2f}" if known else "", False)
-            yield (cell.signed if known else "", False)
+# ------------------------------------------------------------------------------------------------- tables as text
 
 
-def _headings(table: Table) -> list[str]:
-    heads = list(table.first)
-    for column, compared in zip(table.columns, table.compared):
-        heads += [column, "paper", "diff."] if compared else [column]
-    return heads
+def clean(text: str) -> str:
+    """A name in Markdown: no name of a run can make a link, an image or a column."""
+    return re.sub(r"([\\`*\[\]<|])", r"\\\1", text)
 
 
-def rich_table(table: Table, stacked: bool) -> RichTable:
-    """For the terminal; stacked: with the paper's number and the difference beneath ours, not beside it."""
-    made = RichTable(title=Text(table.title), title_justify="left", title_style="bold")
-    for i, head in enumerate([*table.first, *table.columns] if stacked else _headings(table)):
-        style = "dim" if head in ("paper", "diff.") else ""
-        made.add_column(Text(head), justify="left" if i < 2 else "right", style=style)
-    for section, rows in table.sections:
-        for i, (row, cells) in enumerate(rows):
-            numbers = [Text(text, style="bold" if best else "") for text, best in _cells(table, cells)]
-            if stacked:
-                for at, compared in enumerate(table.compared):
-                    paper = [str(numbers.pop(at + 1)) for _ in range(2 * compared)]
-                    numbers[at].append("\n" * compared + " ".join(paper), style="dim not bold")
-            made.add_row(Text(section if i == 0 else ""), Text(row), *numbers)
-        made.add_section()
-    return made
+def table_text(table: Table) -> str:
+    """A table in Markdown, with the published value and the difference next to each column that has them."""
+    cells = table.cells.assign(text=table.cells.text.where(~table.cells.best, "**" + table.cells.text + "**"))
+    lines = cells[["section", "row"]].drop_duplicates()
+    heads, columns = [*table.heads], [lines.section.where(lines.section != lines.section.shift(), ""), lines.row]
+    columns = [column.map(clean) for column in columns]
+    for name, part in cells.groupby("column", sort=False):
+        heads, columns = [*heads, name], [*columns, part.text.replace("", "–")]
+        if part.published.notna().any():
+            heads, columns = [*heads, "paper"], [*columns, part.versus]
+    align = ["left", "left", *["right"] * (len(heads) - 2)]
+    return tabulate(list(zip(*columns)), heads, tablefmt="pipe", disable_numparse=True, colalign=align)
 
 
-def terminal(report: Report, console: Console) -> None:
-    """All tables, as wide as there is room."""
-    for table in report.tables:
-        made = rich_table(table, stacked=False)
-        if console.measure(made, options=console.options.update(max_width=1000)).maximum > console.width:
-            made = rich_table(table, stacked=True)
-        console.print(made)
-        for note in table.notes:
-            console.print(Text(note), style="dim")
-        console.print()
-
-
-def markdown(report: Report) -> str:
-    """All tables, and what is missing."""
-
-    def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    text = ["# Report", summary(report)]
-    if report.gaps or report.notes:
-        text.append("\n".join(f"- {problem}" for problem in (*report.gaps, *report.notes)))
-    for table in report.tables:
-        heads = _headings(table)
-        lines = [line(heads), line(["---", "---", *["---:"] * (len(heads) - 2)])]
-        for section, rows in table.sections:
-            for row, cells in rows:
-                numbers = [f"**{text}**" if best else text for text, best in _cells(table, cells)]
-                lines.append(line([section, row, *numbers]))
-        text += [f"## {table.title}", "\n".join(lines), *table.notes]
-    return "\n\n".join(text) + "\n"
+def markdown(report: Report, figure_files: Sequence[str] = ()) -> str:
+    """All tables, each with its figure if there are files, and what is missing."""
+    parts = ["# LoGoPrompt: report", summary(report)]
+    parts += ["\n".join(f"- {clean(line)}" for line in [*report.gaps, *report.notes])]
+    for i, table in enumerate(report.tables):
+        parts += [f"## {clean(table.title)}", table_text(table), *table.notes]
+        parts += [f"![{clean(table.title)}]({name})" for name in figure_files[i : i + 1]]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def summary(report: Report) -> str:
     return (
-        f"{len(report.runs)} runs, seeds {', '.join(map(str, report.seeds))}. Test accuracy in %, mean ± standard "
-        'deviation (of the sample) over seeds; "paper" is the published value, "diff." ours minus it; bold is the best.'
+        f"Runs: {len(report.runs)}, seeds: {', '.join(map(str, report.seeds))}. Test accuracy in %, mean ± standard "
+        "deviation (of the sample) over seeds; with the paper's value and the difference; bold is the best."
     )
-
-
-def runs_csv(report: Report) -> str:
-    """A line a run."""
-    return _csv(Run._fields, report.runs)
 
 
 def cells_csv(report: Report) -> str:
     """A line for every cell of every table, in full precision."""
-    heads = ("table", "section", "row", "column", "mean", "std", "n", "seeds", "published", "difference")
-    lines = []
-    for table in report.tables:
-        for section, row, column, cell in table.cells:
-            seeds = " ".join(map(str, sorted(cell.values)))
-            numbers = (cell.mean, cell.std, len(cell.values), seeds, cell.published, cell.difference)
-            lines.append((table.title, section, row, column, *numbers))
-    return _csv(heads, lines)
-
-
-def _csv(heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(heads)
-    writer.writerows(lines)
-    return text.getvalue()
+    columns = ["table", "section", "row", "column", "mean", "std", "n", "seeds", "published", "difference"]
+    cells = pd.concat([table.cells.assign(table=table.title) for table in report.tables])
+    return cells.dropna(subset=["mean"]).astype({"n": int})[columns].to_csv(index=False)
 
 
 # ------------------------------------------------------------------------------------------------- page
 
 
-def read_examples(folder: Path) -> list[tuple[str, str]]:
-    """(data URI, caption) of the PNG and JPEG files of a folder, by name.
-
-    Captions are those of its ``captions.json`` ({file name: caption}); without it the file names. Raises UserError.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder (--examples)")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+def read_examples(folder: Path) -> list[Picture]:
+    """PNG and JPEG files of a folder, with the captions of ``captions.json`` ({file name: caption}) or their names."""
+    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
     if not files:
         raise UserError(f"{folder}: no PNG or JPEG files in it (--examples)")
-    captions = {}
-    source = folder / "captions.json"
+    captions, source = {}, folder / "captions.json"
     if source.exists():
         try:
-            captions = json.loads(source.read_text(encoding="utf-8"))
-            if not all(isinstance(text, str) for text in captions.values()):
-                raise ValueError("a caption is no text")
+            captions = {name: str(text) for name, text in json.loads(source.read_text(encoding="utf-8")).items()}
         except (ValueError, AttributeError) as error:
             raise UserError(f"{source}: not {{file name: caption}} ({error})") from error
-        for name in captions.keys() - {path.name for path in files}:
-            raise UserError(f"{source}: there is no picture {name} beside it")
-    return [
-        (
-            f"data:image/{'png' if path.suffix.lower() == '.png' else 'jpeg'};base64,"
-            + base64.b64encode(path.read_bytes()).decode(),
-            captions.get(path.name, path.stem.replace("_", " ")),
-        )
-        for path in files
-    ]
+    for name in captions.keys() - {path.name for path in files}:
+        raise UserError(f"{source}: no picture {name} in its folder")
+    return [Picture(p.read_bytes(), captions.get(p.name, p.stem.replace("_", " "))) for p in files]
 
 
-def page(
-    report: Report,
-    figures: Sequence[Plot],
-    predicted: tuple[Sequence[Example], Optional[Run]],
-    examples: Sequence[tuple[str, str]],
-    source: str,
-) -> str:
-    """``report.html``: CSS and pictures inside.
+def example_predictions(runs: pd.DataFrame, n: int) -> tuple[list[Picture], Any, str]:
+    """Test images with their predictions by the first run that can be loaded, LoGoPrompt's before others'.
 
-    Args:
-        predicted: example predictions, and the run that made them.
-        examples: (data URI, caption) of further pictures; source: of their captions.
+    Returns:
+        Pictures, their run (a row of ``runs``) and, if there are none, the reason.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    runs = runs.assign(other=~runs.method.str.startswith("LoGoPrompt")).sort_values(["other", "seed"], kind="stable")
+    reason = ""
+    for run in runs.drop_duplicates(["method", "dataset", "backbone"]).head(MODELS_TRIED).itertuples():
+        try:
+            return predict(run.folder, n), run, ""
+        except Exception as error:  # noqa: BLE001 (the report does without, whatever the reason)
+            reason = reason or f"{shown(run.folder)}: {' '.join(str(error).split())}"
+    return [], None, reason
+
+
+def predict(folder: str, n: int) -> list[Picture]:
+    """``n`` of 3n test images of a run's data set, spread over its classes; those changed by selection come first."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a report downloads nothing
+    sys.path.insert(0, str(ROOT))
+    from trainers.predictor import Predictor, run_config, survey  # takes seconds to import
+    from trainers.prompting.backbone import CACHE, OPENAI_MODELS
+
+    cfg = run_config(folder)
+    classnames, items = survey(cfg)
+    test = pd.DataFrame(items, columns=["path", "label"])
+    test["turn"] = test.groupby("label").cumcount()  # one image of every class, then a second one
+    test = test.sample(frac=1, random_state=0).sort_values("turn", kind="stable").head(IMAGES_TRIED * n)
+    truth = {path: classnames[label] for path, label in zip(test.path, test.label)}
+    missing = next((path for path in truth if not os.path.isfile(path)), None)
+    if missing:  # before weights are read
+        raise FileNotFoundError(f"{missing}: no such file")
+    name = cfg.MODEL.BACKBONE.NAME
+    if name in OPENAI_MODELS and not list(Path(CACHE).expanduser().glob(f"{OPENAI_MODELS[name][0]}[.p]*")):
+        raise FileNotFoundError(f"the weights of {name} are not in {CACHE}")
+    explained = tqdm(Predictor(folder, classnames).explain(truth), total=len(truth), disable=None)
+    found = [explanation for explanation in explained if not explanation.prediction.error]
+    if not found:
+        raise ValueError("none of its test images can be read")
+    found.sort(key=lambda explanation: explanation.selected == 0)
+    return [picture(explanation, truth[explanation.prediction.path]) for explanation in found[:n]]
+
+
+def picture(explanation: Any, truth: str) -> Picture:
+    """What a prediction is based on, and whether it is right."""
+    drawn, buffer, predicted = explanation.draw(), io.BytesIO(), explanation.prediction.classes[0]
+    if isinstance(drawn, Figure):
+        drawn.savefig(buffer, format="png", dpi=100)
+    else:
+        drawn.save(buffer, format="png")
+    name = "/".join(Path(explanation.prediction.path).parts[-2:])
+    return Picture(buffer.getvalue(), f"{name}: {'right' if predicted == truth else 'wrong'}, {predicted}")
+
+
+def page(report: Report, figure_files: dict[str, bytes], galleries: dict[str, list[Picture]]) -> str:
+    """``report.html``: the Markdown with CSS and pictures inside; ``galleries``: further pictures by their heading."""
+    text, images = markdown(report, list(figure_files)), dict(figure_files)
+    for title, pictures in galleries.items():
+        text += f"\n## {clean(title)}\n" * bool(pictures)
+        for data, caption in pictures:
+            name = f"picture-{len(images)}"
+            images[name] = data
+            text += f"\n![{clean(caption)}]({name})\n\n{clean(caption)}\n"
+    body = MarkdownIt("js-default").render(text)
+    for name, data in images.items():
+        kind = "png" if data.startswith(b"\x89PNG") else "svg+xml" if data.startswith(b"<?xml") else "jpeg"
+        body = body.replace(f'src="{name}"', f'src="data:image/{kind};base64,{base64.b64encode(data).decode()}"')
+    runs = report.runs.assign(folder=report.runs.folder.map(shown)).rename(columns={"subset": "classes"})
+    runs = runs[["accuracy", "method", "dataset", "shots", "seed", "classes", "backbone", "folder"]]
+    frame = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    table = runs.to_html(index=False, border=0, float_format="{:.2f}".format)
+    return frame.replace(
+        "<!-- report -->", f"{body}<details><summary>All runs ({len(runs)})</summary>{table}</details>"
     )
-    drawn = [(plot, [inline_svg(panel, f"{plot.name}-{i}") for i, panel in enumerate(plot.panels)]) for plot in figures]
-    return environment.get_template("report.html").render(
-        report=report, summary=summary(report), figures=drawn, predictions=predicted[0], predictor=predicted[1],
-        examples=examples, source=source, shown=shown,
-    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- command line
 
 
 def write(folder: Path, files: dict[str, bytes]) -> None:
-    """Write files, each atomically; figures of an earlier report that are not among them go."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write files, each atomically, and remove the figures of an earlier report that are not among them."""
     for name, data in files.items():
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, folder / name)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(str(folder / name)) as file:
+            file.write(data)
     for old in folder.iterdir():
-        if re.fullmatch(rf"({'|'.join(KINDS)})(_\d+)?\.(png|svg)", old.name) and old.name not in files:
+        if re.fullmatch(rf"({'|'.join(TITLES)})(_\d+)?\.(png|svg)", old.name) and old.name not in files:
             old.unlink()
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Returns the exit status: 0, 1 for incomplete runs, or 2 for a mistake of the user's."""
+    """Returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[-1],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("runs", nargs="+", type=Path, help=f"folders that are searched for {NAME}")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds that every cell must have")
-    parser.add_argument("--partial", action="store_true", help="make the report of what there is")
-    parser.add_argument("--out", type=Path, default=ROOT / "output" / "report", help="folder to write to")
-    parser.add_argument(
-        "--predictions", type=int, default=6, metavar="N",
-        help="test images on the page with what one run predicts for them; 0: none, no model is loaded",
-    )  # fmt: skip
-    parser.add_argument(
-        "--examples", type=Path, help="folder of PNG or JPEG pictures for the page, with captions.json or by file name"
-    )
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, help=f"folders searched for {NAME}")
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds that every cell must have")
+    add("--partial", action="store_true", help="make the report even if runs are missing")
+    add("--out", type=Path, default=ROOT / "output" / "report", help="folder to write to")
+    add("--predictions", type=int, default=6, metavar="N", help="test images with the predictions of one run; 0: none")
+    add("--examples", type=Path, help="folder of PNG or JPEG pictures for the page, with captions.json or by file name")
     args = parser.parse_args(argv)
     if args.predictions < 0:
         parser.error(f"--predictions {args.predictions}: must not be negative")
-    seeds = sorted(set(args.seeds))
     try:
         examples = read_examples(args.examples) if args.examples else []
-        found = collect(args.runs, seeds)
-        if found.refused:
-            for line in found.refused:
-                print(f"error: {line}", file=sys.stderr)
-            return 2
-        report = Report(found, seeds)
+        report = make_report(args.runs, sorted(set(args.seeds)))
         for line in (*report.gaps, *report.notes):
             print(line, file=sys.stderr)
-        if not report.runs and (args.partial or not report.gaps):
-            raise UserError(f"{', '.join(map(str, args.runs))}: no {NAME} with a test accuracy of --seeds in it")
+        if report.runs.empty and (args.partial or not report.gaps):
+            raise UserError(f"{', '.join(map(str, args.runs))}: no {NAME} with a test accuracy of --seeds")
         if report.gaps and not args.partial:
-            print(
-                f"incomplete ({len(report.gaps)} lines above): --partial makes the report all the same", file=sys.stderr
-            )
+            print(f"incomplete ({len(report.gaps)} lines above): use --partial to report anyway", file=sys.stderr)
             return 1
-        figures = plots(report)
-        source = "captions.json" if args.examples and (args.examples / "captions.json").exists() else "the file names"
-        files = {f"{plot.name}.{kind}": draw_plot(plot, kind) for plot in figures for kind in ("png", "svg")}
-        texts = {"runs.csv": runs_csv(report), "cells.csv": cells_csv(report), "report.md": markdown(report)}
-        predicted, predictor, why = predictions(report.runs, args.predictions) if args.predictions else ([], None, "")
-        if why:
-            print(f"no example predictions (--predictions): {why}", file=sys.stderr)
-        texts["report.html"] = page(report, figures, (predicted, predictor), examples, source)
+        predictions, run, reason = [], None, ""
+        if args.predictions:
+            predictions, run, reason = example_predictions(report.runs, args.predictions)
+        if reason:
+            print(f"no example predictions (--predictions): {reason}", file=sys.stderr)
+        drawn = figures(report.tables)
+        files = {f"{name}.{kind}": render(figure, kind) for name, figure in drawn for kind in ("png", "svg")}
+        svgs = {name: data for name, data in files.items() if name.endswith("svg")}
+        about = f"{run.method}, {run.dataset}, {run.backbone}, seed {run.seed}" if run else ""
+        galleries = {f"Example predictions ({about})": predictions, "Example pictures": examples}
+        texts = {"runs.csv": report.runs.to_csv(index=False), "cells.csv": cells_csv(report)}
+        texts |= {"report.md": markdown(report, list(svgs)), "report.html": page(report, svgs, galleries)}
         write(args.out, {**files, **{name: text.encode() for name, text in texts.items()}})
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        for line in error.args if isinstance(error, UserError) else [error]:
+            print(f"error: {line}", file=sys.stderr)
         return 2
     console = Console() if sys.stdout.isatty() else Console(width=200)
-    terminal(report, console)
+    console.print(Markdown(markdown(report)))
     print("\n".join(shown(args.out / name) for name in texts))
     return 0
 

@@ -226,7 +226,7 @@ class CustomCLIP(Method):
         last = adapter_epochs(cfg)
         fixed, generic, text = not options.TUNE_VISUAL, options.TEXT_PROMPT == "generic", max(0, total - last)
         conditions = (
-            ("ADAPTER_EPOCHS", last <= total, f"must be at most OPTIM.MAX_EPOCH ({total})"),
+            ("ADAPTER_EPOCHS", last <= max(total, 0), f"must be at most OPTIM.MAX_EPOCH ({total})"),
             ("STAGE1_EPOCHS", generic or text >= options.STAGE1_EPOCHS, f"must be at most {text}, less the adapter's"),
             ("ADAPTER_SEARCH", options.ADAPTER or not options.ADAPTER_SEARCH, "requires ADAPTER True"),
             ("TUNE_VISUAL", fixed or options.VISUAL_PROMPT != "none", "requires another VISUAL_PROMPT than none"),

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# CoCoOp's base-to-new, second half: tests on the new classes what base2new_train.sh trained.
+# CoCoOp's base-to-new, second half: evaluate the runs of base2new_train.sh on the new classes.
 #
 #   bash scripts/cocoop/base2new_test.sh DATASET SEED [KEY VALUE …]
 #
-# Environment as for base2new_train.sh, and SUB (new; base or all), LOADEP (epoch; the newest).
+# Environment: as for base2new_train.sh, plus SUB (new, base or all; default new), LOADEP (epoch; default the newest).
 TRAINER=${TRAINER:-CoCoOp}
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# CoCoOp's base-to-new, first half: trains on the base classes. scripts/logo/base2new.sh makes the same runs, and reports.
+# CoCoOp's base-to-new, first half: train on the base classes. scripts/logo/base2new.sh makes the same runs.
 #
 #   bash scripts/cocoop/base2new_train.sh DATASET SEED [KEY VALUE …]
 #
-# Environment as for scripts/logo/base2new.sh, with TRAINER CoCoOp (or CoOp) unless it says otherwise.
+# Environment: as for scripts/logo/base2new.sh, but TRAINER defaults to CoCoOp.
 TRAINER=${TRAINER:-CoCoOp}
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# CoCoOp's cross-data-set transfer, second half: tests on another data set what xd_train.sh trained.
+# CoCoOp's cross-dataset transfer, second half: evaluate the runs of xd_train.sh on another data set.
 #
 #   bash scripts/cocoop/xd_test.sh DATASET SEED [KEY VALUE …]
 #
-# Environment as for xd_train.sh, and LOADEP (epoch; the newest).
+# Environment: as for xd_train.sh, plus LOADEP (epoch; default the newest).
 TRAINER=${TRAINER:-CoCoOp}
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"
 

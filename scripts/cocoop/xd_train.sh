@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# CoCoOp's cross-data-set transfer, first half: trains on all classes of ImageNet.
+# CoCoOp's cross-dataset transfer, first half: train on all classes of ImageNet.
 #
 #   bash scripts/cocoop/xd_train.sh SEED [KEY VALUE …]
 #
-# Environment as for base2new_train.sh, and SOURCE (imagenet).
+# Environment: as for base2new_train.sh, plus SOURCE (default imagenet).
 TRAINER=${TRAINER:-CoCoOp}
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"
 

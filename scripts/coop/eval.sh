@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Tests what scripts/coop/main.sh trained on ImageNet (16 shots, M = 16, end, generic; seeds 1, 2, 3) on a data set.
+# Evaluate the runs of scripts/coop/main.sh on ImageNet (seeds 1, 2 and 3) on another data set.
 #
 #   bash scripts/coop/eval.sh DATASET CFG [KEY VALUE …]
 #
-# Environment as for main.sh, and SOURCE (imagenet), SHOTS (16), NCTX (16), CSC (False), CTP (end), LOADEP (epoch, 50; set
-# but empty: the newest).
+# Environment: as for main.sh, plus the settings of those runs, with defaults: SOURCE (imagenet), SHOTS (16), NCTX (16),
+# CSC (False), CTP (end), and LOADEP (epoch, 50; empty: the newest).
 TRAINER=CoOp CFG=${2:-}
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"
 

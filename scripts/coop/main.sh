@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# CoOp's few-shot runs, with seeds 1, 2 and 3.
+# CoOp's few-shot experiments with seeds 1, 2 and 3.
 #
 #   bash scripts/coop/main.sh DATASET CFG CTP NCTX SHOTS CSC [KEY VALUE …]
 #
-# CFG: a file in configs/trainers/CoOp/ without .yaml; CTP: class token position (end, middle or front); NCTX: number of
-# context vectors; SHOTS: 1, 2, 4, 8 or 16; CSC: class-specific context (True or False). DATA, OUTPUT, BACKBONE and PYTHON
-# come from the environment as for scripts/logo/base2new.sh; runs are in
+# CFG: a file in configs/trainers/CoOp/, without .yaml; CTP: class token position (end, middle or front); NCTX: number
+# of context vectors; SHOTS: 1, 2, 4, 8 or 16; CSC: class-specific contexts (True or False). Environment: DATA, OUTPUT,
+# BACKBONE and PYTHON as for scripts/logo/base2new.sh. Run folders are
 # $OUTPUT/DATASET/CoOp/<CFG>_<SHOTS>shots/nctx<NCTX>_csc<CSC>_ctp<CTP>/seed<SEED>.
 TRAINER=CoOp CFG=${2:-}
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"

@@ -3,12 +3,12 @@
 #
 #   bash scripts/coop/zeroshot.sh DATASET CFG [KEY VALUE …]      CFG: rn50, rn101, vit_b32 or vit_b16
 #
-# Environment as for main.sh, and TRAINER (ZeroshotCLIP, or ZeroshotCLIP2 for the ensemble of prompts).
+# Environment: as for main.sh, plus TRAINER (ZeroshotCLIP by default, or ZeroshotCLIP2 for the prompt ensemble).
 TRAINER=${TRAINER:-ZeroshotCLIP} CFG=${2:-}
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"
 
 if [ $# -lt 2 ]; then usage "bash ${BASH_SOURCE[0]} DATASET CFG [KEY VALUE ...]"; fi
-if ! zero_shot; then fail "TRAINER $TRAINER: ZeroshotCLIP or ZeroshotCLIP2 is needed"; fi
+if ! zero_shot; then fail "TRAINER $TRAINER: must be ZeroshotCLIP or ZeroshotCLIP2"; fi
 DATASET=$1 SEED=1
 shift 2
 config "$DATASET" "$CFG"

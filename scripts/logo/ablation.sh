@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The rows of Table 4: use, size and place of the visual prompts, number of context vectors. The paper has them on
+# The rows of Table 4: use, size and place of the visual prompts, and number of context vectors. The paper runs them on
 # ImageNet with RN50 and 16 shots of all classes.
 #
 #   bash scripts/logo/ablation.sh DATASET [SEED] [KEY VALUE …]      without a seed: 1, 2 and 3
 #
-# Environment as for base2new.sh. A row's runs are in $OUTPUT/ablation/<row>/…; the row "shipped" is the one that all
-# parts of the table share: selection, 1/7, random place, and with RN50 M = 16.
+# Environment: as for base2new.sh. The runs of a row are in $OUTPUT/ablation/<row>/. All parts of the table share the
+# row "shipped": selection, height 1/7, random place, and M = 16 with RN50.
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 
 arguments "bash ${BASH_SOURCE[0]} DATASET [SEED] [KEY VALUE ...]" DATASET SEED -- "$@"
-if [ "$TRAINER" != LoGoPrompt ]; then fail "TRAINER $TRAINER: these are ablations of LoGoPrompt"; fi
+if [ "$TRAINER" != LoGoPrompt ]; then fail "TRAINER $TRAINER: these are ablations of LoGoPrompt; unset TRAINER"; fi
 if [ "$DATASET" = imagenet ]; then config imagenet rn50_ep50; else config "$DATASET" rn50; fi
 
 OVERRIDES=(${OPTS[@]+"${OPTS[@]}"})

@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
-# Base-to-new: train on the base classes, evaluate on the base and on the new classes, print both and H.
+# Base-to-new: train on the base classes, evaluate on the base and the new classes, print both accuracies and H.
 #
 #   bash scripts/logo/base2new.sh DATASET [SEED] [KEY VALUE …]      without a seed: 1, 2 and 3
 #
-# From the environment: DATA (folder of the data sets, default ./data of the repository), OUTPUT (default ./output),
-# BACKBONE (name or path of CLIP weights, default: the config's), TRAINER (LoGoPrompt, CoOp, ZeroshotCLIP, …),
-# CFG (file name in configs/trainers/<TRAINER>/ without .yaml), SHOTS (16), PYTHON. Relative paths count from where you
-# are. A finished run (results.json is there) is skipped, an unfinished one is resumed.
+# Environment:
+#   DATA       folder of the data sets (default: data/ in the repository)
+#   OUTPUT     folder of the runs (default: output/ in the repository)
+#   BACKBONE   name or path of CLIP weights (default: the config's)
+#   TRAINER    LoGoPrompt (default), CoOp, CoCoOp, ZeroshotCLIP, …
+#   CFG        file in configs/trainers/<TRAINER>/, without .yaml
+#   SHOTS      training images per class (default: 16)
+#   FEATURES   file that stores features of test images (default: features.sqlite in OUTPUT; empty: none)
+#   PYTHON     interpreter (default: .venv/bin/python if it exists, else python)
+# Relative paths are relative to the current folder. Finished runs are skipped, and unfinished ones are resumed.
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 
 arguments "bash ${BASH_SOURCE[0]} DATASET [SEED] [KEY VALUE ...]" DATASET SEED -- "$@"

@@ -1,14 +1,15 @@
-# What the scripts of this folder share; they source it. Reads the environment (see the README), goes to the
-# repository's root and offers
-#   fail MESSAGE; usage "USAGE"          end with status 2
-#   number WHAT VALUE; need FILE         fail unless it is a number from 1 on; unless it is there
-#   arguments "USAGE" NAMES… -- WORDS…   words of the command line: NAMES are set in their order, then SEEDS and OPTS
-#   config DATASET CFG                   sets CFG, unless the environment has it; both files must exist
-#   finished DIR                         whether there are results of a run; damaged ones count as none
-#   run DIR DATASET SUBSET [FLAGS …] -- [KEY VALUE …]   one run of train.py: skipped when finished, resumed when not
+# Shared by the scripts, which source it. Reads the environment (see base2new.sh), changes to the repository's root and
+# defines
+#   fail MESSAGE, usage "USAGE"          exit with status 2
+#   number NAME VALUE                    fail unless VALUE is a whole number of at least 1
+#   need FILE                            fail unless FILE exists
+#   arguments "USAGE" NAMES… -- WORDS…   parse the command line: set NAMES in their order, then SEEDS and OPTS
+#   config DATASET CFG                   set CFG unless the environment does; both files must exist
+#   finished DIR                         whether a run has results; damaged ones do not count
+#   run DIR DATASET SUBSET [FLAGS …] -- [KEY VALUE …]   one run of train.py, skipped if finished, resumed if not
 #   zero_shot                            whether TRAINER has nothing to train
-#   learn DIR DATASET SUBSET             the same with OPTS; zero-shot the test alone
-#   transfer KIND SOURCE TARGETS CFG     trains on SOURCE, tests there and on the TARGETS
+#   learn DIR DATASET SUBSET             run with OPTS; for zero-shot CLIP, evaluate only
+#   transfer KIND SOURCE TARGETS CFG     train on SOURCE, evaluate there and on the TARGETS
 set -euo pipefail
 unset CDPATH
 
@@ -36,7 +37,7 @@ absolute() {
 DATA=$(absolute "${DATA:-$ROOT/data}")
 OUTPUT=$(absolute "${OUTPUT:-$ROOT/output}")
 FEATURES=${FEATURES-$OUTPUT/features.sqlite}
-if [ -n "$FEATURES" ]; then FEATURES=$(absolute "$FEATURES"); fi # features of test images, for every run that comes later
+if [ -n "$FEATURES" ]; then FEATURES=$(absolute "$FEATURES"); fi # shared by all runs
 BACKBONE=${BACKBONE:-}
 if [ -f "$BACKBONE" ] || [[ $BACKBONE == "~"/* ]]; then BACKBONE=$(absolute "$BACKBONE"); fi
 TRAINER=${TRAINER:-LoGoPrompt}
@@ -44,18 +45,18 @@ SHOTS=${SHOTS:-16}
 ASKED_CFG=${CFG:-}
 zero_shot() { [[ $TRAINER == ZeroshotCLIP* ]]; }
 CFG_DIR=$TRAINER
-if zero_shot || [ "$TRAINER" = LinearProbe ]; then CFG_DIR=CoOp; fi # as in CoOp: no settings of their own
+if zero_shot || [ "$TRAINER" = LinearProbe ]; then CFG_DIR=CoOp; fi # they have no configs, as in CoOp
 if [ -z "${PYTHON:-}" ]; then
     if [ -x "$ROOT/.venv/bin/python" ]; then PYTHON=$ROOT/.venv/bin/python; else PYTHON=python; fi
 fi
 case $PYTHON in */*) PYTHON=$(absolute "$PYTHON") ;; esac
 cd "$ROOT"
 
-# A word that has a dot is the first KEY of the overrides.
 number() {
-    case $2 in '' | 0* | *[!0-9]*) fail "$1 $2: a whole number from 1 on is needed" ;; esac
+    case $2 in '' | 0* | *[!0-9]*) fail "$1 $2: a whole number of at least 1 is required" ;; esac
 }
 
+# A word with a dot is the first KEY of the overrides.
 arguments() {
     local usage=$1 name
     shift
@@ -80,9 +81,9 @@ arguments() {
 
 config() {
     CFG=$2
-    # the embedded world, with the embedded CLIP
+    # the toy world has its own CLIP
     if [[ $1 == shapes* ]]; then CFG=tiny96_ep10_ctxv1; fi
-    # CoCoOp's names say M and the batch size, and all its runs have 10 epochs
+    # CoCoOp's config names include M and the batch size; all have 10 epochs
     case $TRAINER/$CFG in
         CoCoOp/vit_b16*) CFG=vit_b16_c4_ep10_batch1_ctxv1 ;;
         CoCoOp/tiny96*) CFG=tiny96_c4_ep10_batch1_ctxv1 ;;
@@ -94,7 +95,7 @@ config() {
 }
 
 need() {
-    if [ ! -f "$1" ]; then fail "$ROOT/$1: no such file; see the data set, TRAINER and CFG"; fi
+    if [ ! -f "$1" ]; then fail "$ROOT/$1: no such file; check the data set, TRAINER and CFG"; fi
 }
 
 finished() { [ -f "$1/results.json" ] && "$PYTHON" trainers/prompting/results.py --finished "$1" > /dev/null; }
@@ -104,10 +105,10 @@ run() {
     shift 3
     while [ "$1" != -- ]; do flags+=("$1"); shift; done
     shift
-    # What the folder's name does not say, so that an old result is never taken for that of another command.
+    # Everything that the folder's name does not tell, so that an old result is never mistaken for a new one.
     local config="configs/trainers/$CFG_DIR/$CFG.yaml" data="configs/datasets/$dataset.yaml" asked
     asked="BACKBONE=$BACKBONE $data ($(cksum < "$data" | cut -d' ' -f1)) $config ($(cksum < "$config" | cut -d' ' -f1)) $*"
-    # One script at a time, so that asked.txt is of the run whose files lie beside it. train.py has a lock of its own.
+    # One script at a time, so that asked.txt belongs to the run in this folder. train.py has its own lock.
     mkdir -p "$dir" || exit 2
     if [ -w "$dir" ]; then
         exec 9> "$dir/.asked.lock"
@@ -124,8 +125,8 @@ run() {
         echo "finished before, skipped: $dir"
         return
     fi
-    if [ ! -w "$dir" ]; then fail "$dir: this folder cannot be written; set OUTPUT"; fi
-    # Under a name of its own first: on a full disk nothing is cut short.
+    if [ ! -w "$dir" ]; then fail "$dir: this folder is not writable; set OUTPUT"; fi
+    # Written under another name first, so that a full disk cannot truncate it.
     printf '%s\n' "$asked" 2> /dev/null > "$dir/.asked.tmp" || fail "$dir/asked.txt cannot be written: is the disk full?"
     mv -f "$dir/.asked.tmp" "$dir/asked.txt"
     "$PYTHON" train.py \

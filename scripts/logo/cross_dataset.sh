@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Cross-data-set transfer (CoCoOp's setting): train on all classes of SOURCE, test there and on other data sets.
+# Cross-dataset transfer, as in CoCoOp: train on all classes of SOURCE, evaluate there and on the TARGETS.
 #
 #   bash scripts/logo/cross_dataset.sh [SEED] [KEY VALUE …]      without a seed: 1, 2 and 3
 #
-# Environment as for base2new.sh, and SOURCE (imagenet), TARGETS (the others of the eleven).
+# Environment: as for base2new.sh, plus SOURCE (default imagenet) and TARGETS (default the other ten data sets).
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 
 arguments "bash ${BASH_SOURCE[0]} [SEED] [KEY VALUE ...]" SEED -- "$@"

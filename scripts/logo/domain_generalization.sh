@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Domain generalization: train on all classes of SOURCE, test there and on the same classes in the TARGETS.
+# Domain generalization: train on all classes of SOURCE, evaluate there and on the same classes in the TARGETS.
 #
 #   bash scripts/logo/domain_generalization.sh [SEED] [KEY VALUE …]      without a seed: 1, 2 and 3
 #
-# Environment as for base2new.sh, and SOURCE (imagenet), TARGETS (ImageNetV2, -Sketch, -A, -R). In the embedded world:
-# SOURCE=shapes TARGETS=shapes_shifted.
+# Environment: as for base2new.sh, plus SOURCE (default imagenet) and TARGETS (default ImageNetV2, -Sketch, -A, -R).
+# In the toy world: SOURCE=shapes TARGETS=shapes_shifted.
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 
 arguments "bash ${BASH_SOURCE[0]} [SEED] [KEY VALUE ...]" SEED -- "$@"

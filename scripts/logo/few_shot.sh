@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Few-shot classification: all classes, 1 to 16 training images of each, accuracy on the test images.
+# Few-shot classification: train on 1 to 16 images of every class, evaluate on the test images.
 #
-#   bash scripts/logo/few_shot.sh DATASET [SHOTS [SEED]] [KEY VALUE …]      without shots: 1, 2, 4, 8, 16; seeds 1, 2, 3
+#   bash scripts/logo/few_shot.sh DATASET [SHOTS [SEED]] [KEY VALUE …]      default: 1, 2, 4, 8, 16 shots; seeds 1, 2, 3
 #
-# Environment as for base2new.sh; SHOTS may be several numbers.
+# Environment: as for base2new.sh; SHOTS may hold several numbers.
 ALL_SHOTS=${SHOTS:-1 2 4 8 16}
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 

@@ -14,7 +14,7 @@ import importlib
 import inspect
 import os
 from types import ModuleType
-from typing import Optional, Protocol
+from typing import Any, Optional
 
 import torch
 import torch.nn as nn
@@ -40,14 +40,6 @@ TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "toy
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # in OpenAI's archives
 
 
-class Tokenizer(Protocol):
-    """The part of both packages' ``SimpleTokenizer`` that is used."""
-
-    encoder: dict
-
-    def encode(self, text: str) -> list[int]: ...
-
-
 class LayerNorm(nn.LayerNorm):
     """Layer norm computed in float32 at least, returned in the precision of its input."""
 
@@ -71,24 +63,14 @@ class Backbone(nn.Module):
         input_resolution: H, in pixels.
         context_length: maximum tokens of a prompt, [SOS] and [EOT] included (77 for CLIP).
         n_head: attention heads of the text encoder.
-        tokenizer: see :class:`Tokenizer`; sot_token, eot_token: ids of [SOS] and [EOT].
+        tokenizer: the package's ``SimpleTokenizer``; sot_token, eot_token: ids of [SOS] and [EOT].
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, name: str) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, name: str) -> None:
         super().__init__()
-        parts = [
-            getattr(model, part, None)
-            for part in (
-                "visual",
-                "transformer",
-                "token_embedding",
-                "positional_embedding",
-                "ln_final",
-                "text_projection",
-            )
-        ]
+        parts = ["visual", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection"]
         plain = (
-            all(part is not None for part in parts)
+            all(getattr(model, part, None) is not None for part in parts)
             and all(isinstance(getattr(block, "attn", None), nn.MultiheadAttention) for block in _blocks(model))
             and getattr(model, "attn_mask", ...) is not None  # open_clip: None where attention is not causal
             and getattr(model, "text_pool_type", "argmax") == "argmax"
@@ -159,14 +141,10 @@ class Backbone(nn.Module):
 
 
 def load_clip(name: str, provider: str = "auto") -> Backbone:
-    """Load CLIP weights in float32.
+    """Load CLIP weights in float32; ``name`` is ``MODEL.BACKBONE.NAME``, see the top of this file.
 
-    Args:
-        name: ``MODEL.BACKBONE.NAME``, see the top of this file.
-        provider: ``"clip"``, ``"open_clip"`` or ``"auto"`` (``clip`` when importable, else ``open_clip``).
-
-    Raises:
-        UserError: unknown name, missing or unreadable file, unsupported architecture, no network, no package.
+    The provider is ``"clip"``, ``"open_clip"`` or ``"auto"`` (``clip`` when importable, else ``open_clip``). Raises
+    UserError for an unknown name, an unreadable file, an unsupported architecture, no network or no package.
     """
     check_name(name)
     path = TINY if name == "tiny" else _openai_file(name) if name in OPENAI_MODELS else os.path.expanduser(name)
@@ -206,9 +184,7 @@ def check_name(name: str) -> None:
 
 
 def _blocks(model: nn.Module) -> nn.ModuleList:
-    return (
-        getattr(model.transformer, "resblocks", nn.ModuleList()) if hasattr(model, "transformer") else nn.ModuleList()
-    )
+    return getattr(getattr(model, "transformer", None), "resblocks", nn.ModuleList())
 
 
 def import_provider(provider: str = "auto") -> ModuleType:
@@ -235,7 +211,7 @@ def import_provider(provider: str = "auto") -> ModuleType:
         raise UserError("neither clip nor open_clip can be imported: pip install open_clip_torch") from error
 
 
-def _tokenizer(package: ModuleType) -> Tokenizer:
+def _tokenizer(package: ModuleType) -> Any:
     module = importlib.import_module("clip.simple_tokenizer" if package.__name__ == "clip" else "open_clip.tokenizer")
     return module.SimpleTokenizer()
 
@@ -275,14 +251,8 @@ def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
         state_dict = state_dict["state_dict"]  # training checkpoints wrap it
     if isinstance(state_dict, dict):
         state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    needed = (
-        "visual.conv1.weight",
-        "token_embedding.weight",
-        "positional_embedding",
-        "ln_final.weight",
-        "text_projection",
-    )
-    missing = [key for key in needed if not isinstance(state_dict, dict) or key not in state_dict]
+    needed = "visual.conv1.weight token_embedding.weight positional_embedding ln_final.weight text_projection"
+    missing = [key for key in needed.split() if not isinstance(state_dict, dict) or key not in state_dict]
     if missing:
         raise UserError(
             f"MODEL.BACKBONE.NAME {name}: not a CLIP state dict in OpenAI's layout (no {', '.join(missing)} in it)"

@@ -28,30 +28,18 @@ THREADS = min(8, os.cpu_count() or 1)  # decode images of which a store lacks so
 
 @dataclass
 class Evaluation:
-    """What an evaluation measured.
+    """What an evaluation measured."""
 
-    Attributes:
-        split: ``test`` or ``val``.
-        metrics: of Dassl's evaluator, accuracy in percent first.
-        extra_metrics: of methods that compare class-conditional images: percentages by name.
-        predictions: predicted label of every image, by its path relative to the data root.
-    """
-
-    split: str
-    metrics: dict[str, float]
-    extra_metrics: dict[str, float] = field(default_factory=dict)
-    predictions: dict[str, int] = field(default_factory=dict)
+    split: str  # test or val
+    metrics: dict[str, float]  # of Dassl's evaluator, accuracy in percent first
+    extra_metrics: dict[str, float] = field(default_factory=dict)  # of class-conditional images: percentages by name
+    predictions: dict[str, int] = field(default_factory=dict)  # label by path relative to the data root
 
 
 def evaluate(
     method: Method, batches: Iterable[tuple[ImageBatch, torch.Tensor]], evaluator: Any, split: str, total: int
 ) -> Evaluation:
-    """Score all images, with text features computed once.
-
-    Args:
-        batches: images with paths, and their (B,) labels on the same device.
-        evaluator: Dassl's.
-        total: number of images, for the progress bar.
+    """Score all images (and their (B,) labels) with Dassl's evaluator; text features are computed once.
 
     Raises:
         UserError: scores that are not numbers; the line names an image.
@@ -92,9 +80,7 @@ def check_scores(scores: torch.Tensor, paths: Sequence[str]) -> None:
 class ImageSource:
     """Turns Dassl's loaders into batches for a method, through the feature store of ``TEST.FEATURES`` if there is one.
 
-    Args:
-        backbone: its image encoder is on ``device``.
-        precision: of the computation, part of the store's key.
+    The precision of the computation is part of the store's key.
     """
 
     def __init__(self, cfg: CfgNode, backbone: Backbone, device: torch.device, precision: str) -> None:
@@ -174,12 +160,9 @@ class ImageSource:
 
 
 class FewShotFeatures:
-    """Features of a data set's training and validation images, for :class:`~.method.TrainingData`.
+    """Features of a data set's training and validation images (:class:`~.method.TrainingData`).
 
-    Args:
-        dataset: Dassl's.
-        loader: images -> a loader of them in their order, without augmentation.
-        encode: (B, 3, H, H) pixels -> (B, E) features.
+    ``loader`` turns images into a loader without augmentation, ``encode`` pixels (B, 3, H, H) into features (B, E).
     """
 
     def __init__(

@@ -4,21 +4,16 @@ An image that is not augmented has the same features in every run with the same 
 rendered block. Stored are the encoder's outputs, before they are scaled to unit length. A key covers everything that
 decides them: the encoder's weights and precision, the preprocessing, the image file (path below the data root, size,
 modification time), and for a class-conditional image the place and pixels of the block. SQLite keeps the file intact
-under several writers and when one of them is killed; what is lost then is encoded again. As a program it lists what a
-store holds, or empties it:
-
-    python trainers/prompting/feature_store.py FILE [--clear]
+under several writers and when one of them is killed; what is lost then is encoded again. To empty it, delete the file.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import sqlite3
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import PIL
@@ -48,14 +43,7 @@ def digest(*parts: Any) -> bytes:
 
 
 def encoder_key(visual: nn.Module, transform: Any, precision: str, device: str) -> bytes:
-    """Key of an image encoder and its preprocessing.
-
-    Args:
-        visual: the encoder; its weights count, not where they come from.
-        transform: of test images; its ``repr`` counts.
-        precision: of the computation, and the version of the image reader.
-        device: its kind; kinds differ in the last digits.
-    """
+    """Key of an image encoder (its weights), its preprocessing (``repr`` of the transform), precision and device."""
     weights: list[Any] = []
     for name, value in sorted(visual.state_dict().items()):
         content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
@@ -73,7 +61,6 @@ class FeatureStore:
     """Features of one encoder, in a file that other processes may use at the same time.
 
     Args:
-        path: the file, created when missing.
         encoder: from :func:`encoder_key`.
         name: of the encoder, for people who look into the store.
         limit: bytes that the file may take; beyond that the oldest features are removed.
@@ -216,48 +203,3 @@ def connect(path: str) -> sqlite3.Connection:
         db.close()
         raise
     return db
-
-
-# ------------------------------------------------------------------------------------------------- the program
-
-
-def describe(path: str) -> list[tuple[str, int, int]]:
-    """(encoder name, number of features, their bytes) for every encoder in a store."""
-    with closing(connect(path)) as db:
-        return db.execute(
-            "SELECT name, count(features.id), coalesce(sum(length(value)), 0) FROM encoders "
-            "LEFT JOIN features ON features.encoder = encoders.id GROUP BY encoders.id ORDER BY encoders.id"
-        ).fetchall()
-
-
-def clear(path: str) -> None:
-    """Remove all features from a store; runs that use it go on."""
-    with closing(connect(path)) as db:
-        with db:
-            db.execute("DELETE FROM features")  # encoders stay: running processes know theirs by its number
-        db.execute("VACUUM")
-
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    parser = argparse.ArgumentParser(description="List what a store of image features holds.")
-    parser.add_argument("file", help="TEST.FEATURES of the runs that filled it")
-    parser.add_argument("--clear", action="store_true", help="remove all features")
-    args = parser.parse_args(argv)
-    if not os.path.isfile(args.file):
-        print(f"error: {args.file}: no such file", file=sys.stderr)
-        return 2
-    try:
-        if args.clear:
-            clear(args.file)
-        rows = describe(args.file)
-    except (NotAStore, sqlite3.Error) as error:
-        print(f"error: {args.file}: {error}", file=sys.stderr)
-        return 2
-    for name, count, size in rows:
-        print(f"{count:>10,} features {size / 2**20:>9,.1f} MB  {name}")
-    print(f"{os.path.getsize(args.file) / 2**20:,.1f} MB on disk: {args.file}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

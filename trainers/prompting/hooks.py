@@ -23,8 +23,6 @@ class StageSchedule:
     """Gives every stage of training its own learning-rate schedule. Dassl steps it like a scheduler.
 
     Args:
-        stages: of the method.
-        optim: the optimizer.
         optim_cfg: ``cfg.OPTIM``; a stage overrides its epochs and learning rate.
         build: (optimizer, optim_cfg) -> torch scheduler.
         data: handed to the stages.

@@ -119,7 +119,7 @@ class PromptTrainer(TrainerX):
         self._write_config()
         data = self.train_loader_x.dataset
         if isinstance(data, ImageDataset):
-            data.decode(self.cfg.TRAIN.DECODED_GB * 2**30, self.cfg.DATALOADER.NUM_WORKERS > 0)
+            data.decode(self.cfg.TRAIN.DECODED_GB * 2**30)
 
     def before_epoch(self) -> None:
         super().before_epoch()

@@ -42,10 +42,8 @@ def is_torchscript(path: str) -> bool:
 def load_tensors(path: str) -> Any:
     """What a torch file holds, on the CPU; objects that are neither tensors nor plain types become placeholders.
 
-    Raises:
-        ValueError: a TorchScript or tar archive (torch before 2.6 would execute or unpack them), or an old torch.
-        pickle.UnpicklingError: the file holds something that torch refuses even as a placeholder.
-        Exception: whatever torch, zip and pickle raise for a file that they cannot read.
+    Raises ValueError for a TorchScript or tar archive (torch before 2.6 would execute or unpack them), or an old torch,
+    and whatever torch, zip and pickle raise for a file that they cannot read.
     """
     if is_torchscript(path) or tarfile.is_tarfile(path):
         raise ValueError("a TorchScript or tar archive")
@@ -66,11 +64,7 @@ def _placeholder_for(name: str) -> type:
 
 
 def load_init_weights(module: nn.Module, path: str) -> None:
-    """Load whatever fits a module by name and shape, as Dassl does for ``MODEL.INIT_WEIGHTS``.
-
-    Raises:
-        UserError: the file cannot be read, or nothing in it fits.
-    """
+    """Load whatever fits a module by name and shape, as Dassl does for ``MODEL.INIT_WEIGHTS``. Raises UserError."""
     own = module.state_dict()
     try:
         content = load_tensors(path)

@@ -1,6 +1,3 @@
-"""Evaluators and their registry."""
+"""Evaluators."""
 
-from .build import EVALUATOR_REGISTRY, build_evaluator
-from .evaluator import Classification, EvaluatorBase
-
-__all__ = ["EVALUATOR_REGISTRY", "Classification", "EvaluatorBase", "build_evaluator"]
+from .build import EVALUATOR_REGISTRY, Classification, build_evaluator  # noqa: F401

@@ -1,6 +1,4 @@
-"""Optimisers and learning-rate schedules chosen by the configuration."""
+"""Optimizers and learning-rate schedules."""
 
-from .lr_scheduler import build_lr_scheduler
-from .optimizer import build_optimizer
-
-__all__ = ["build_lr_scheduler", "build_optimizer"]
+from .lr_scheduler import build_lr_scheduler  # noqa: F401
+from .optimizer import build_optimizer  # noqa: F401

@@ -1,8 +1,8 @@
-"""Drawings of named things: the embedded world that ``shapes.py`` takes its images from.
+"""Drawings of named things, the images of ``datasets/shapes.py``.
 
 A kind of thing is a function that returns polygons in the unit square [-1, 1] x [-1, 1] (x to the right, y down), each
 with the role that decides its colour. :func:`draw` turns a kind and a :class:`Style` into an image. All randomness
-comes from the ``RandomState`` given, whose numbers NumPy guarantees for good.
+comes from the given ``RandomState``, whose numbers NumPy guarantees not to change.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.random import RandomState
 from PIL import Image, ImageDraw, ImageFilter
 
 MAIN, ACCENT, DETAIL, HOLE = 1, 2, 3, 0  # roles; a hole shows the background
-OVERSAMPLING = 2  # drawn larger, then averaged: smooth edges
+OVERSAMPLING = 2  # drawn larger, then averaged for smooth edges
 Shape = list[tuple[int, np.ndarray]]  # (role, (N, 2) corners), later ones on top
 
 COLOURS = {
@@ -401,17 +401,17 @@ class Style:
     fills: tuple[str, ...] = ("plain",)  # textures of the thing
     backgrounds: tuple[str, ...] = ("plain",)
     outline: float = 0.0  # probability of a contour line
-    hollow: float = 0.0  # probability that there is nothing but the contour
+    hollow: float = 0.0  # probability of a contour without a fill
     size: tuple[float, float] = (0.55, 0.95)  # from end to end
     turn: float = 15.0  # degrees, either way
     squeeze: float = 0.15  # change of the aspect ratio, either way
-    wobble: float = 0.01  # how far contours stray
-    clutter: tuple[int, int] = (0, 0)  # bits behind the thing
-    cover: tuple[int, int] = (0, 0)  # bits in front of it
+    wobble: float = 0.01  # how far contours deviate
+    clutter: tuple[int, int] = (0, 0)  # small shapes behind the thing
+    cover: tuple[int, int] = (0, 0)  # small shapes in front of it
     noise: tuple[float, float] = (0.0, 0.0)  # standard deviation of pixel noise, of the range of values
     blur: float = 0.0  # radius, in share of the height
-    distance: float = 0.45  # least distance in RGB (0 to 1.73) of the thing's colour from the background's
-    relief: float = 60  # how far the background's second shade lies from the first, of 255
+    distance: float = 0.45  # minimum distance in RGB (0 to 1.73) of the thing's colour from the background's
+    relief: float = 60  # difference of the background's two shades, of 255
     dark: bool = False  # backgrounds near black
 
 
@@ -422,7 +422,7 @@ STYLES = {
     "sketch": Style(hollow=1.0, outline=1.0, wobble=0.04, noise=(0.0, 0.04)),
     "striped": Style(fills=("stripes",), backgrounds=("plain", "gradient"), turn=25),
     "shaded": Style(fills=("gradient",), backgrounds=("gradient", "blobs"), size=(0.4, 0.9), clutter=(0, 4), blur=0.01),
-    # What the data set looks like, and its shifted version.
+    # Styles of the data set and of its shifted version.
     "scene": Style(
         fills=("checks", "dots", "blobs"),
         backgrounds=("plain", "blobs"),
@@ -455,7 +455,7 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """An image and what can be said of it."""
+    """An image and the facts for its caption."""
 
     image: Image.Image
     kind: str
@@ -470,8 +470,8 @@ def draw(kind: str, style: Style, random: RandomState, pixels: int) -> Drawing:
 
     Args:
         kind: a key of KINDS.
-        style: how.
-        random: where every choice comes from; the same state gives the same image.
+        style: how to draw it.
+        random: source of every choice; the same state gives the same image.
         pixels: height and width.
     """
     canvas = pixels * OVERSAMPLING
@@ -509,7 +509,7 @@ def draw(kind: str, style: Style, random: RandomState, pixels: int) -> Drawing:
 
 
 def named_colour(random: RandomState, names: tuple[str, ...] = tuple(COLOURS)) -> tuple[str, np.ndarray]:
-    """The name of a colour and an RGB value near it, 0 to 255."""
+    """Return the name of a colour and an RGB value near it, 0 to 255."""
     name = str(names[random.randint(len(names))])
     return name, np.clip(np.array(COLOURS[name]) + random.uniform(-22, 22, 3), 0, 255)
 
@@ -532,7 +532,7 @@ def _colours(style: Style, random: RandomState) -> tuple[tuple, list[tuple], str
 
 
 def _clash(colour: np.ndarray) -> np.ndarray:
-    """A dark shade for light colours and the other way round."""
+    """Return a dark shade for light colours and a light one for dark colours."""
     return np.clip(colour * 0.3 if colour.mean() > 110 else 255 - (255 - colour) * 0.35, 0, 255)
 
 
@@ -564,7 +564,7 @@ def _texture(name: str, shades: tuple[np.ndarray, np.ndarray], random: RandomSta
 
 
 def _place(shape: Shape, style: Style, extent: float, random: RandomState, canvas: int) -> np.ndarray:
-    """Turn, squeeze, wobble and place a shape: (canvas, canvas) of roles."""
+    """Turn, squeeze, bend and place a shape. Returns (canvas, canvas) roles."""
     angle = np.radians(random.uniform(-style.turn, style.turn))
     squeeze = 1 + random.uniform(-style.squeeze, style.squeeze)
     flip = -1 if random.rand() < 0.5 else 1
@@ -572,7 +572,7 @@ def _place(shape: Shape, style: Style, extent: float, random: RandomState, canva
     matrix = rotation @ np.diag([flip * squeeze, 1 / squeeze]) * extent * canvas / 2
     room = max(0.0, (1 - extent) / 2)
     centre = canvas * (0.5 + random.uniform(-room, room, 2))
-    # A few sine waves bend all contours alike, so that parts stay together.
+    # The same sine waves bend all contours, so that parts stay together.
     waves = random.uniform(2, 7, (2, 2)), random.uniform(0, 2 * np.pi, (2, 2))
     image = Image.new("L", (canvas, canvas), 0)
     pen = ImageDraw.Draw(image)
@@ -585,7 +585,7 @@ def _place(shape: Shape, style: Style, extent: float, random: RandomState, canva
 
 
 def _subdivide(corners: np.ndarray, step: float = 0.25) -> np.ndarray:
-    """More corners on long edges, so that they can bend."""
+    """Add corners to long edges, so that they can bend."""
     following = np.roll(corners, -1, axis=0)
     pieces = []
     for a, b in zip(corners, following):
@@ -595,7 +595,7 @@ def _subdivide(corners: np.ndarray, step: float = 0.25) -> np.ndarray:
 
 
 def _contour(roles: np.ndarray, width: int) -> np.ndarray:
-    """Where the role changes, ``width`` pixels wide."""
+    """Return a mask of where the role changes, ``width`` pixels wide."""
     edge = np.zeros(roles.shape, dtype=bool)
     edge[1:] |= roles[1:] != roles[:-1]
     edge[:, 1:] |= roles[:, 1:] != roles[:, :-1]
@@ -606,7 +606,7 @@ def _contour(roles: np.ndarray, width: int) -> np.ndarray:
 
 
 def _scatter(picture: np.ndarray, random: RandomState, canvas: int, near_middle: bool = False) -> None:
-    """One bit of clutter, painted into the picture."""
+    """Paint a small shape into the picture."""
     _, colour = named_colour(random)
     size = random.uniform(0.04, 0.13)
     middle = random.uniform(0.3, 0.7, 2) if near_middle else random.uniform(0, 1, 2)
