@@ -162,7 +162,7 @@ def test_all_mistakes_are_reported_at_once(fails, tmp_path):
     expected = (
         f"{data}: unknown key DATASET.NUM_SHOT, perhaps DATASET.NUM_SHOTS",
         f"{data}: unknown key INPUTS",
-        f"{method}: OPTIM.LR 'fast': must be a number, not a text",
+        f"{method}: OPTIM.LR 'fast': must be a number, not a string",
         f"{method}: OPTIM.MAX_EPOCH 1.5: must be a whole number, not a number",
         f"{method}: unknown key OPTIM.7",
         f"{method}: TRAIN: a group of keys, not a key",

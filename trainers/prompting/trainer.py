@@ -231,9 +231,6 @@ class PromptTrainer(TrainerX):
         self.epoch = epochs_done - 1
         return epochs_done
 
-    def _restore_best_result(self) -> None:
-        """Nothing: our checkpoints hold the best result (the fallback would read it from the best model)."""
-
     # ------------------------------------------------------------------------------------------------ evaluation
     @torch.no_grad()
     def test(self, split: Optional[str] = None) -> float:
