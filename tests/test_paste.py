@@ -20,8 +20,8 @@ def test_block_size():
 
 @pytest.mark.parametrize(
     "height, width, named",
-    [(1.01, 1.0, "BLOCK_HEIGHT 1.01"), (0.0, 1.0, "BLOCK_HEIGHT 0"), (0.5, 1.5, "BLOCK_WIDTH 1.5"), (1, 0, "BLOCK_WIDTH 0")],
-)  # fmt: skip
+    [(1.01, 1, "BLOCK_HEIGHT 1.01"), (0.0, 1, "BLOCK_HEIGHT 0"), (0.5, 1.5, "BLOCK_WIDTH 1.5"), (1, 0, "BLOCK_WIDTH 0")],
+)
 def test_impossible_block_size_is_refused(height, width, named):
     message = one_line(lambda: block_size(224, height, width))
     assert message.startswith(f"TRAINER.LOGOPROMPT.{named}: must be larger than 0 and at most 1")
