@@ -118,11 +118,12 @@ def test_one_checkpoint_serves_base_new_and_all_classes(run):
 
 def test_search_sees_validation_images_only(run, monkeypatch):
     seen, features = [], FewShotFeatures._features
-    monkeypatch.setattr(
-        FewShotFeatures,
-        "_features",
-        lambda self, items: seen.append([i.impath for i in items]) or features(self, items),
-    )
+
+    def note(self, items):
+        seen.append([item.impath for item in items])
+        return features(self, items)
+
+    monkeypatch.setattr(FewShotFeatures, "_features", note)
     trained = run(*ON, "TRAINER.LOGOPROMPT.ADAPTER_SEARCH", True)
     assert seen == [[i.impath for i in items] for items in (trained.dm.dataset.train_x, trained.dm.dataset.val)]
     stored = run.states()[5]

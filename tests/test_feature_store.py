@@ -97,9 +97,7 @@ def test_other_precisions_have_their_own_features(evaluate, monkeypatch, key, va
 def test_every_image_is_scored_once(evaluate, monkeypatch):
     """CoCoOp's text features are costly: images whose features are missing are not scored before they are encoded."""
     scored, score = [], CoCoOp.score
-    monkeypatch.setattr(
-        CoCoOp, "score", lambda self, images, text: scored.append(len(images)) or score(self, images, text)
-    )
+    monkeypatch.setattr(CoCoOp, "score", lambda self, x, text: scored.append(len(x)) or score(self, x, text))
     for expected in (16, 0):
         evaluate.model("CoCoOp")
         scored.clear()

@@ -81,9 +81,8 @@ def test_features_equal_loop(backbone, blocks, monkeypatch, chunk):
 
 def test_images_are_encoded_once(backbone, encoded):
     images = ImageBatch(backbone, torch.randn(3, 3, SIZE, SIZE))
-    torch.testing.assert_close(
-        images.raw_features() / images.raw_features().norm(dim=1, keepdim=True), images.features()
-    )
+    lengths = images.raw_features().norm(dim=1, keepdim=True)
+    torch.testing.assert_close(images.raw_features() / lengths, images.features())
     assert encoded == [3]
 
 
