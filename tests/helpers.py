@@ -103,9 +103,10 @@ class Runs:
             trainer or self.trainer, self.data_root, self.backbone, self.folder / out, *opts, flags=flags, seed=seed
         )
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", sys.stdout)  # setup_logger replaces it
             patch.setattr(train, "build_trainer", lambda cfg: built.append(build(cfg)) or built[0])
             assert train.main(argv) == status
-        sys.stdout.flush()  # of the log
+            sys.stdout.flush()  # of the log
         return built[0] if built else None
 
     def evaluation(self, out="run"):

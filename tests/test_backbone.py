@@ -96,9 +96,8 @@ def test_half_precision_casts_the_weights_that_openai_casts(clip_file):
     assert half.dtype == torch.float16 and half.text_projection.dtype == torch.float16
     assert half.ln_final.weight.dtype == torch.float32 and half.token_embedding.weight.dtype == torch.float32
     for a, b in zip(features(half), features(full)):
-        torch.testing.assert_close(
-            *(torch.nn.functional.normalize(f.float(), dim=1) for f in (a, b)), atol=0.03, rtol=0
-        )
+        unit = [torch.nn.functional.normalize(f.float(), dim=1) for f in (a, b)]
+        torch.testing.assert_close(*unit, atol=0.03, rtol=0)
 
 
 def test_logits_equal_loop_and_are_float32(rn_file):
@@ -145,9 +144,8 @@ def test_other_text_towers_are_refused():
     text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
     module.Backbone(CLIP(24, vision, text), SimpleTokenizer(), "plain")
     for change in ({"no_causal_mask": True}, {"pool_type": "last"}, {"vocab_size": 32000}):
-        message = one_line(
-            lambda c=change: module.Backbone(CLIP(24, vision, {**text, **c}), SimpleTokenizer(), "other")
-        )
+        model = CLIP(24, vision, {**text, **change})
+        message = one_line(lambda m=model: module.Backbone(m, SimpleTokenizer(), "other"))
         assert "other" in message and "text transformer" in message
 
 
