@@ -42,12 +42,6 @@ def test_both_packages_give_the_same_features(clip_file):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
 
 
-def test_weights_keep_all_their_digits(clip_file):
-    state, loaded = torch.load(clip_file, weights_only=True), load_clip(clip_file)
-    assert torch.equal(loaded.positional_embedding, state["positional_embedding"])  # not rounded to float16
-    assert torch.equal(loaded.visual.conv1.weight, state["visual.conv1.weight"])
-
-
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kind_of_file_gives_the_same_model(arch, tmp_path):
     from safetensors.torch import save_file
@@ -60,6 +54,7 @@ def test_every_kind_of_file_gives_the_same_model(arch, tmp_path):
     expected = features(load_clip(plain))
     for path in (wrapped, safe):
         assert all(torch.equal(a, b) for a, b in zip(features(load_clip(path)), expected)), path
+    assert torch.equal(load_clip(plain).visual.conv1.weight, state["visual.conv1.weight"])  # not rounded to float16
 
 
 def test_backbone_is_frozen_in_eval_mode(rn_file):
@@ -78,17 +73,6 @@ def test_image_features_are_those_of_the_package_for_different_images(clip_file)
     assert torch.equal(found, backbone.visual(image)) and found.std(dim=0).max() > 1e-3
     assert (backbone.input_resolution, backbone.context_length, backbone.n_head) == (SIZE, 77, 1)
     assert backbone.logit_scale.exp().item() == pytest.approx(100, rel=1e-5)
-
-
-def test_layer_norms_compute_in_float32(clip_file):
-    for part in load_clip(clip_file).half_weights().modules():
-        if isinstance(part, torch.nn.LayerNorm):
-            x = torch.randn(3, part.normalized_shape[0]) * 50
-            centred = x.half().float() - x.half().float().mean(-1, keepdim=True)
-            expected = centred / (centred.pow(2).mean(-1, keepdim=True) + part.eps).sqrt()
-            out = part(x.half())
-            assert out.dtype == torch.float16
-            torch.testing.assert_close(out.float(), expected * part.weight + part.bias, atol=5e-3, rtol=5e-3)
 
 
 def test_half_precision_casts_the_weights_that_openai_casts(clip_file):
@@ -117,23 +101,15 @@ def test_logits_equal_loop_and_are_float32(rn_file):
 # ------------------------------------------------------------------------------------------------- files and names
 
 
-def test_missing_and_unreadable_files_are_refused(tmp_path, clip_file):
-    assert "no such file" in one_line(lambda: load_clip(str(tmp_path / "none.pt")))
-    assert "no such file" in one_line(lambda: load_clip(str(tmp_path)))
-    assert "MODEL.BACKBONE.NAME is empty" in one_line(lambda: load_clip(""))
-    text, cut = tmp_path / "text.pt", tmp_path / "cut.pt"
-    text.write_text("not weights")
-    cut.write_bytes(Path(clip_file).read_bytes()[:5000])
-    for path in (text, cut):
-        assert str(path) in one_line(lambda p=path: load_clip(str(p)))
-
-
-def test_other_state_dicts_are_refused(tmp_path):
-    path, incomplete = str(tmp_path / "other.pt"), clip_state_dict("vit")
+def test_unreadable_weights_are_refused(tmp_path, clip_file):
+    path, incomplete = tmp_path / "other.pt", clip_state_dict("vit")
     del incomplete["visual.ln_post.weight"]
+    for content in (b"not weights", Path(clip_file).read_bytes()[:5000]):
+        path.write_bytes(content)
+        assert str(path) in one_line(lambda: load_clip(str(path)))
     for content in ({"fc.weight": torch.zeros(3, 3)}, incomplete, [1, 2]):
         torch.save(content, path)
-        assert "OpenAI's layout" in one_line(lambda: load_clip(path))
+        assert "OpenAI's layout" in one_line(lambda: load_clip(str(path)))
 
 
 def test_other_text_towers_are_refused():
@@ -149,21 +125,24 @@ def test_other_text_towers_are_refused():
         assert "other" in message and "text transformer" in message
 
 
-def test_unknown_names_and_tags_are_refused():
-    assert "RN50" in one_line(lambda: load_clip("ViT-B/17"))
-    assert "laion2b" in one_line(lambda: load_clip("ViT-B-32/no_such_tag"))
-    assert "neither" in one_line(lambda: load_clip("nonsense"))
+@pytest.mark.parametrize(
+    "name, fault",
+    [("", "MODEL.BACKBONE.NAME is empty"), ("none.pt", "no such file"), ("/", "no such file"), ("nonsense", "neither"),
+     ("ViT-B/17", "RN50"), ("ViT-B-32/no_such_tag", "laion2b")],
+)  # fmt: skip
+def test_unknown_names_are_refused(name, fault):
+    assert fault in one_line(lambda: load_clip(name))
 
 
 def test_arch_and_tag_load_what_open_clip_builds(monkeypatch, clip_file):
-    """open_clip is asked for the right weights and given our small ones."""
+    """open_clip is asked for the right weights and given our small ones, or fails."""
     import open_clip
     from open_clip.model import build_model_from_openai_state_dict as build
 
-    asked = []
-
-    def create_model(*args, **kwargs):
-        asked.append((args, kwargs))
+    def create_model(arch, pretrained, precision, device):
+        if pretrained == "laion400m_e31":
+            raise OSError("the hub does not answer\nafter three tries")
+        assert (arch, pretrained, precision, device) == ("ViT-B-32", "laion2b_s34b_b79k", "fp32", "cpu")
         state = torch.load(clip_file, weights_only=True)
         model = build(dict(state)).float()
         model.load_state_dict(state)  # with all digits
@@ -171,21 +150,10 @@ def test_arch_and_tag_load_what_open_clip_builds(monkeypatch, clip_file):
 
     monkeypatch.setattr(open_clip, "create_model", create_model)
     loaded = load_clip("ViT-B-32/laion2b_s34b_b79k")
-    assert asked == [(("ViT-B-32",), {"pretrained": "laion2b_s34b_b79k", "precision": "fp32", "device": "cpu"})]
-    assert loaded.name == "ViT-B-32/laion2b_s34b_b79k" and not loaded.logit_scale.requires_grad
     for ours, theirs in zip(features(loaded), features(load_clip(clip_file, "open_clip"))):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-
-
-def test_failure_of_open_clip_is_one_line(monkeypatch):
-    import open_clip
-
-    def create_model(*args, **kwargs):
-        raise OSError("the hub does not answer\nafter three tries")
-
-    monkeypatch.setattr(open_clip, "create_model", create_model)
-    message = one_line(lambda: load_clip("ViT-B-32/laion2b_s34b_b79k"))
-    assert "MODEL.BACKBONE.NAME ViT-B-32/laion2b_s34b_b79k" in message and "the hub does not answer after" in message
+    message = one_line(lambda: load_clip("ViT-B-32/laion400m_e31"))
+    assert "MODEL.BACKBONE.NAME ViT-B-32/laion400m_e31" in message and "the hub does not answer after" in message
 
 
 # ------------------------------------------------------------------------------------------------- OpenAI's files

@@ -167,26 +167,6 @@ def test_unreadable_image_in_a_loader(unreadable, num_workers):
     assert [batch["img"].shape for batch in batches] == [(1, 64, 64, 3)]
 
 
-def test_error_of_a_transform_is_not_blamed_on_the_image(tmp_path):
-    def broken(image):
-        raise ValueError("no such colour")
-
-    jpeg(tmp_path / "whole.jpg")
-    dataset = ImageDataset(get_cfg_default(), [Datum(str(tmp_path / "whole.jpg"))], transform=broken)
-    with pytest.raises(ValueError, match="no such colour"):
-        dataset[0]
-
-
-def test_file_is_closed(tmp_path):
-    jpeg(tmp_path / "x.jpg")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ResourceWarning)
-        image = read_image(str(tmp_path / "x.jpg"))
-        os.remove(tmp_path / "x.jpg")
-        assert image.getpixel((63, 63)) is not None
-        gc.collect()
-
-
 # ------------------------------------------------------------------------------------------------- decoded once
 
 
@@ -213,15 +193,6 @@ def test_decoded_images_are_those_of_the_files(data_root):
     assert torch.equal(batch["img"], torch.stack([plain[i]["img"] for i in range(len(items))]))
     decoded.decoded._memory.zero_()  # files are no longer read
     assert decoded[0]["img"].max() == 0
-
-
-def test_odd_images_are_decoded_the_same(tmp_path):
-    images = [Image.fromarray(RAMP.astype(np.uint16) * 257), Image.fromarray(COLOURS).convert("CMYK")]
-    paths = [str(tmp_path / f"{i}.tiff") for i in range(2)]
-    for image, path in zip(images, paths):
-        image.save(path)
-    decoded = DecodedImages(paths, decoded_size(paths, 1e9))
-    assert all((np.asarray(decoded[i]) == pixels(path)).all() for i, path in enumerate(paths))
 
 
 def test_training_does_not_depend_on_decoded_images(data_root, rn_file, tmp_path):

@@ -10,9 +10,7 @@ import time
 import pytest
 import torch
 from helpers import Runs
-from tiny import clip_state_dict
 
-from trainers.cocoop import CustomCLIP as CoCoOp
 from trainers.prompting import feature_store
 from trainers.prompting.backbone import Backbone, load_clip
 from trainers.prompting.feature_store import (
@@ -73,7 +71,7 @@ def evaluate(data_root, rn_file, tmp_path, models, monkeypatch):
 # ------------------------------------------------------------------------------------------------- evaluations
 
 
-@pytest.mark.parametrize("trainer", ["CoOp", "LoGoPrompt", "ZeroshotCLIP"])
+@pytest.mark.parametrize("trainer", ["CoCoOp", "LoGoPrompt", "ZeroshotCLIP"])
 def test_second_evaluation_encodes_nothing_and_predicts_the_same(evaluate, tmp_path, trainer):
     plain = evaluate(trainer, store=False)
     first, second = evaluate(trainer, out="first"), evaluate(trainer, out="second")
@@ -82,27 +80,6 @@ def test_second_evaluation_encodes_nothing_and_predicts_the_same(evaluate, tmp_p
     assert second[2] == 0
     results = [json.loads((tmp_path / out / "results.json").read_text()) for out in ("first", "second")]
     assert results[0] == results[1]
-
-
-@pytest.mark.parametrize("key, value", [("TRAINER.LOGOPROMPT.PREC", "bf16"), ("TRAIN.COMPILE", True)])
-def test_other_precisions_have_their_own_features(evaluate, monkeypatch, key, value):
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)  # takes a minute
-    model = evaluate.model("LoGoPrompt")
-    evaluate(model=model)
-    plain = evaluate("LoGoPrompt", key, value, store=False, model=model)
-    for encoded in (16 * (1 + 4), 0):
-        assert evaluate("LoGoPrompt", key, value, model=model) == (*plain[:2], encoded)
-
-
-def test_every_image_is_scored_once(evaluate, monkeypatch):
-    """CoCoOp's text features are costly: images whose features are missing are not scored before they are encoded."""
-    scored, score = [], CoCoOp.score
-    monkeypatch.setattr(CoCoOp, "score", lambda self, x, text: scored.append(len(x)) or score(self, x, text))
-    for expected in (16, 0):
-        evaluate.model("CoCoOp")
-        scored.clear()
-        assert evaluate("CoCoOp")[2] == expected
-        assert sum(scored) == 16
 
 
 def test_seeds_and_methods_share_features(evaluate):
@@ -118,22 +95,24 @@ def test_seeds_and_methods_share_features(evaluate):
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        ("TRAINER.LOGOPROMPT.VISUAL_SEED", 5),
-        ("TRAINER.LOGOPROMPT.BLOCK_HEIGHT", 0.3),
-        ("TRAINER.LOGOPROMPT.LOCATION", "top"),
-        ("INPUT.TRANSFORMS", ("random_resized_crop",)),
-        ("INPUT.INTERPOLATION", "bilinear"),
-    ],
-)
-def test_other_settings_find_no_foreign_features(evaluate, change):
+    "key, value",
+    [("TRAINER.LOGOPROMPT.VISUAL_SEED", 5), ("TRAINER.LOGOPROMPT.BLOCK_HEIGHT", 0.3), ("INPUT.INTERPOLATION", "bilinear"),
+     ("TRAINER.LOGOPROMPT.LOCATION", "top"), ("TRAINER.LOGOPROMPT.PREC", "bf16")],
+)  # fmt: skip
+def test_other_settings_have_their_own_features(evaluate, key, value):
     model = evaluate.model("LoGoPrompt")
     evaluate(model=model)
-    plain = evaluate("LoGoPrompt", *change, store=False, model=model)
-    stored = evaluate("LoGoPrompt", *change, model=model)
+    plain = evaluate("LoGoPrompt", key, value, store=False, model=model)
+    stored = evaluate("LoGoPrompt", key, value, model=model)
     assert stored[:2] == plain[:2]
-    assert stored[2] >= 16  # other blocks, places or preprocessing have to be encoded
+    assert stored[2] >= 16  # other blocks, places, preprocessing or precision
+    assert evaluate("LoGoPrompt", key, value, model=model) == (*plain[:2], 0)
+
+
+def test_features_of_tuned_blocks_are_not_stored(evaluate):
+    first, second = (evaluate("LoGoPrompt", "TRAINER.LOGOPROMPT.TUNE_VISUAL", True) for _ in range(2))
+    assert first[:2] == second[:2]
+    assert describe(evaluate.store)[0][1] == 16  # the originals
 
 
 def test_changed_file_is_encoded_again(evaluate, tmp_path):
@@ -145,21 +124,6 @@ def test_changed_file_is_encoded_again(evaluate, tmp_path):
     assert evaluate("ZeroshotCLIP")[2] == 1
     os.utime(path, ns=(1, 1))
     assert evaluate("ZeroshotCLIP")[2] == 1
-
-
-def test_other_weights_have_their_own_features(evaluate, tmp_path):
-    evaluate("ZeroshotCLIP")
-    torch.save(clip_state_dict("rn", seed=1), tmp_path / "other.pt")
-    evaluate.runs.backbone = tmp_path / "other.pt"
-    assert evaluate("ZeroshotCLIP")[2] == 16
-    rows = [(count, name.split(", ")[1:]) for name, count, _ in describe(evaluate.store)]
-    assert rows == [(16, ["64 pixels", "fp32", "cpu"])] * 2
-
-
-def test_features_of_tuned_blocks_are_not_stored(evaluate):
-    first, second = (evaluate("LoGoPrompt", "TRAINER.LOGOPROMPT.TUNE_VISUAL", True) for _ in range(2))
-    assert first[:2] == second[:2]
-    assert describe(evaluate.store)[0][1] == 16  # the originals
 
 
 def test_batch_size_and_training_do_not_depend_on_the_store(evaluate, tmp_path):
@@ -195,17 +159,18 @@ def test_broken_store_is_reported_once_and_the_run_goes_on(evaluate, tmp_path, m
 
 
 def test_other_file_is_refused(tmp_path, evaluate, capsys):
-    (tmp_path / "text").write_text("not a data base, but longer than the header of one" * 20)
-    with sqlite3.connect(tmp_path / "other") as db:
+    text, other = tmp_path / "text", tmp_path / "other"
+    text.write_text("not a data base, but longer than the header of one" * 20)
+    with sqlite3.connect(other) as db:
         db.execute("CREATE TABLE mine (x)")
-    for name in ("text", "other"):
-        before = (tmp_path / name).read_bytes()
+    for path in (text, other):
+        before = path.read_bytes()
         with pytest.raises(NotAStore):
-            FeatureStore(str(tmp_path / name), b"a")
-        assert feature_store.main([str(tmp_path / name), "--clear"]) == 2
-        assert (tmp_path / name).read_bytes() == before
+            FeatureStore(str(path), b"a")
+        assert feature_store.main([str(path), "--clear"]) == 2
+        assert path.read_bytes() == before
     assert feature_store.main([str(tmp_path / "none")]) == 2
-    evaluate.runs("TEST.FEATURES", tmp_path / "text", trainer="ZeroshotCLIP", flags=["--eval-only"], status=2)
+    evaluate.runs("TEST.FEATURES", text, trainer="ZeroshotCLIP", flags=["--eval-only"], status=2)
     assert capsys.readouterr().err.splitlines()[-1].endswith("name another file")
 
 

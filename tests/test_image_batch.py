@@ -163,13 +163,6 @@ def test_nothing_is_encoded_twice(backbone, blocks, items, encoded):
     assert torch.equal(batch.pasted(blocks, classes, places), before)
 
 
-def test_views_are_the_same_without_room_for_decoded_images(backbone, items):
-    roomy, narrow = cache_of(backbone, items), cache_of(backbone, items, room=2 * 3 * 90 * 80 + 1)  # two images
-    for i in (0, 1, 2, 3, 0, 2):
-        assert torch.equal(narrow.pixels(i, 0), roomy.pixels(i, 0))
-    assert len(roomy._decoded) == 4 and sorted(narrow._decoded) == [0, 1]
-
-
 def test_resumed_cache_encodes_in_the_same_groups(backbone, blocks, items, encoded):
     """Features depend in their last digits on what is encoded with them."""
     places, requests = draw_places(6), [torch.tensor([0, 1, 2, 3, 4]), torch.tensor([5, 0]), torch.tensor([3])]

@@ -136,18 +136,6 @@ def test_blocks_are_normalised_like_the_images(rn_file):
         torch.testing.assert_close(normalised.visual_prompts[:, channel], expected, atol=1e-6, rtol=1e-6)
 
 
-def test_class_has_the_same_block_in_every_subset(rn_file):
-    assert torch.equal(build(rn_file).visual_prompts[4:], build(rn_file, NEW).visual_prompts)
-
-
-def test_one_class_and_classes_of_equal_name(rn_file):
-    single, labels = build(rn_file, ["cup"]), torch.zeros(2, dtype=torch.long)
-    assert single.loss(batch_of(single, 2), labels).total.item() == 0.0
-    twins = build(rn_file, ["missile", "cup", "missile", "face"])
-    assert torch.isfinite(twins.loss(batch_of(twins, 2), torch.tensor([0, 2])).total)
-    assert torch.equal(twins.visual_prompts[0], twins.visual_prompts[2])
-
-
 def test_half_precision_encoders_give_finite_float32_losses(clip_file):
     model = build(clip_file, dtype=torch.float32)
     model.backbone.half_weights()
@@ -286,13 +274,6 @@ def test_one_checkpoint_serves_base_new_and_all_classes(run):
     torch.testing.assert_close(text["base"], trained.model.text_features())
     torch.testing.assert_close(text["all"], torch.cat([text["base"], text["new"]]))
     torch.testing.assert_close(blocks["all"].detach().cpu(), torch.cat([pixels, rendered[4:]]))
-
-
-def test_checkpoint_of_other_prompts_is_refused(run, capsys):
-    train, runs = run
-    train("TRAINER.LOGOPROMPT.TEXT_PROMPT", "generic")
-    train(flags=runs.evaluation(), out="other", status=2)
-    assert "trained with another trainer or other options" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -74,21 +74,6 @@ def test_odd_names_are_drawn_or_refused(kind, capsys):
     assert ("too small to read" in reported) == (kind in {"long", "many words"})
 
 
-def test_characters_missing_from_the_font_are_dropped():
-    for kind, drawn in (("mixed", "dog cat"), ("accents", "cafe Zoe"), ("newlines", "two lines and more"),
-                        ("override", "god")):  # fmt: skip
-        assert torch.equal(rasterise([ODD[kind]], 20, 64), rasterise([drawn], 20, 64))
-
-
-def test_right_to_left_names_with_a_font_that_has_them(font):
-    """Shaped where Pillow has libraqm, otherwise letter by letter in the order of storage."""
-    masks = rasterise(["שלום", "םולש", "كلب"], 32, 96, font)
-    assert masks.flatten(1).max(dim=1).values.min() > 0.9
-    assert torch.equal(masks, rasterise(["שלום", "םולש", "كلب"], 32, 96, font))
-    if features.check("raqm"):
-        assert not torch.equal(masks[0], masks[1])
-
-
 def test_invisible_name_is_refused(font):
     assert '"\\u200b" cannot be drawn' in one_line(lambda: rasterise(["\u200b"], 20, 64, font))
 
@@ -102,10 +87,6 @@ def test_odd_names_are_encoded_or_refused(kind, backbone):
         return
     encoded = TextEncoder(backbone)(*PromptLearner(backbone, ["dog", name], 16).encoder_inputs())
     assert encoded.shape == (2, 24) and encoded.isfinite().all()
-
-
-def test_all_white_space_is_a_space_in_a_prompt(backbone):
-    assert encode_tokens(backbone, ["two\nlines\r\nand\tmore"]) == encode_tokens(backbone, ["two lines and more"])
 
 
 def test_unusable_names_in_a_split_are_refused():
@@ -198,12 +179,6 @@ def test_any_prompts_fit_or_are_refused(backbone, names, n_ctx):
     assert int(eot.min()) >= 2 + n_ctx  # [SOS], the context, a full stop
 
 
-def test_normalised_forms_are_different_names_that_look_alike():
-    composed, decomposed = (unicodedata.normalize(form, "Zoë") for form in ("NFC", "NFD"))
-    assert composed != decomposed and matching_names([composed], [decomposed]) == [-1]
-    assert torch.equal(rasterise([composed], 20, 64), rasterise([decomposed], 20, 64))
-
-
 # ------------------------------------------------------------------------------------------------- small data sets
 
 
@@ -236,12 +211,6 @@ def test_one_class(trainer, small, tmp_path):
     assert results["classes"] == 1 and results["metrics"]["accuracy"] == 100.0
     if trainer != "ZeroshotCLIP":
         assert "loss 0.0000" in (tmp_path / "run" / "log.txt").read_text()
-
-
-def test_linear_probe_of_one_class_is_refused(small, capsys):
-    run, _ = small("LinearProbe", NAMES[:1], train=4, test=2)
-    run(status=2)
-    assert "a linear probe needs at least two" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("trainer", ["CoCoOp", "LoGoPrompt", "LinearProbe"])

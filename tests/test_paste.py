@@ -110,9 +110,3 @@ def test_places_depend_on_seed_and_path_only():
     # known values: the same on every machine, in every version
     known = places_of(uniform_of_paths(["caltech-101/x.jpg", "b.png"], 1), 224, (32, 112), "random")
     assert known.tolist() == [[190, 30], [113, 23]]
-
-
-def test_places_of_paths_that_are_not_utf8():
-    odd = uniform_of_paths(["\udcff.jpg", "\udcfe.jpg"], 0)  # as Python reads them from a disk
-    assert not torch.equal(odd[0], odd[1]) and odd.min() >= 0 and odd.max() < 1
-    assert uniform_of_paths([], 0).shape == (0, 2)

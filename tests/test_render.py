@@ -76,14 +76,6 @@ def test_one_line_equals_search_over_all_sizes(name, size):
     torch.testing.assert_close(rasterise([name], height, width)[0, 0], expected)
 
 
-def test_block_too_small_for_any_letter_is_drawn_and_reported(capsys):
-    longer = f"{LONG} {LONG}"
-    for size in ((5, 5), (1, 2)):
-        assert rasterise([longer, "wind chime"], *size).shape == (2, 1, *size)
-        reported = capsys.readouterr().out
-        assert longer in reported and "wind chime" in reported
-
-
 def test_names_too_small_to_read_are_reported(capsys):
     rasterise([LONG], 9, 64)
     assert LONG in capsys.readouterr().out
@@ -171,14 +163,6 @@ def test_glyph_without_ink_is_no_name(font_file):
     assert rasterise(["Xa"], 32, 224, str(font_file)).max() > 0.9
     with pytest.raises(UserError, match='"X" cannot be drawn'):
         rasterise(["cup", "X"], 32, 224, str(font_file))
-
-
-def test_pillow_without_freetype_is_refused(monkeypatch):
-    def load_default(size):
-        raise ImportError("The _imagingft C module is not installed")
-
-    monkeypatch.setattr(ImageFont, "load_default", load_default)
-    assert "(Pillow): cannot read this font; install" in one_line(lambda: rasterise(["face"], 32, 224))
 
 
 def test_only_fonts_of_the_user_are_shaped(font_file):

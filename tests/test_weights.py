@@ -39,7 +39,7 @@ class Payload:
         return self.call
 
 
-def publish(path, state_dict, zipped=True, **more):
+def publish(path, state_dict, **more):
     """Write what Dassl's ``save_checkpoint`` writes of a model trained for 50 epochs."""
     parameters = [torch.nn.Parameter(value.clone().float()) for value in state_dict.values()]
     optimizer = torch.optim.SGD(parameters, lr=0.002, momentum=0.9)
@@ -55,7 +55,7 @@ def publish(path, state_dict, zipped=True, **more):
         **more,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    torch.save(content, path)
 
 
 @needs_placeholders
@@ -65,7 +65,7 @@ def test_tensors_are_read_and_objects_are_not_restored(tmp_path, dtype):
     state = {"ctx": torch.randn(4, 64).to(dtype), "token_prefix": torch.randn(9, 1, 64).to(dtype)}
     state["a view"] = torch.arange(12, dtype=dtype).view(3, 4).t()[1:]
     state["a parameter"] = torch.nn.Parameter(torch.randn(2, 3))
-    publish(path, state)
+    publish(path, state, extra=Payload(open, (str(tmp_path / "touched"), "w")))
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
     found = read_checkpoint(str(path))
@@ -75,7 +75,7 @@ def test_tensors_are_read_and_objects_are_not_restored(tmp_path, dtype):
         assert torch.equal(found["state_dict"][name], value) and found["state_dict"][name].dtype == value.dtype
     scheduler = load_tensors(str(path))["scheduler"]["itself"]
     assert isinstance(scheduler, Placeholder) and vars(scheduler) == {}
-    assert not UNPICKLED
+    assert not UNPICKLED and not (tmp_path / "touched").exists()
 
 
 @needs_placeholders
@@ -88,30 +88,6 @@ def test_published_model_is_evaluated(trainer, data_root, rn_file, tmp_path):
     theirs = run(flags=[*run.evaluation("published"), "--load-epoch", "50"], out="theirs").evaluation
     assert theirs.metrics == ours.metrics and theirs.predictions == ours.predictions
     assert not UNPICKLED
-
-
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("where", ["scheduler", "state_dict", "epoch", "extra"])
-def test_nothing_is_executed(tmp_path, zipped, where):
-    """Whatever a pickle calls, and wherever: the file is read without it, or refused."""
-    path, touched = tmp_path / "model.pth.tar-50", tmp_path / "touched"
-    code = f"open({str(touched)!r}, 'w')"
-    for call in ((eval, (code,)), (exec, (code,)), (open, (str(touched), "w")), (torch.save, ({}, str(touched)))):
-        payload = Payload(*call)
-        pickle.loads(pickle.dumps(payload))
-        assert touched.exists()  # elsewhere it works
-        touched.unlink()
-        state = {"ctx": torch.zeros(2, 3)}
-        if where == "state_dict":
-            content = {"state_dict": {**state, "x": payload}, "epoch": 1}
-            torch.save(content, path, _use_new_zipfile_serialization=zipped)
-        else:
-            publish(path, state, zipped, **{where: payload})
-        if where in ("state_dict", "epoch") or not zipped:
-            assert one_line(lambda: read_checkpoint(str(path))).startswith(f"{path}: not a checkpoint")
-        else:
-            assert torch.equal(read_checkpoint(str(path))["state_dict"]["ctx"], state["ctx"])
-        assert not touched.exists() and not UNPICKLED
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*", "ignore:.*TorchScript.*")
