@@ -80,9 +80,6 @@ def test_search_equals_loop(capsys):
     assert f"chosen on 30 validation images ({100 * best / 30:.1f} %)" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------- runs of train.py
-
-
 @pytest.fixture
 def run(data_root, rn_file, tmp_path):
     return Runs(data_root, rn_file, tmp_path)
@@ -139,21 +136,3 @@ def test_search_on_test_images_is_refused(run, tmp_path, capsys):
     path.write_text(json.dumps({**split, "val": split["test"]}))  # as in CoOp's ImageNet
     run(*ON, "TRAINER.LOGOPROMPT.ADAPTER_SEARCH", True, status=2)
     assert "no validation images of its own" in capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize("key, value", [("OPTIM.MAX_EPOCH", 9), ("DATASET.NUM_SHOTS", 2)])
-def test_run_with_other_stages_is_not_resumed_elsewhere(run, capsys, key, value):
-    run(*ON)
-    run(*ON, key, value, flags=["--resume", run.folder / "run"], out="further", status=2)
-    assert f"{key} " in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_run_may_start_from_the_weights_of_a_finished_one(run):
-    """Stage 1 begins without the contexts of stage 2 and without the cache."""
-    run(*ON)
-    weights = run.folder / "run" / "prompt_learner" / "model.pth.tar-5"
-    run(*ON, "TRAIN.CHECKPOINT_FREQ", 1, "MODEL.INIT_WEIGHTS", weights, out="further")
-    before, found = run.states()[5], run.states("further")
-    assert not found[1]["trained"].any() and (found[1]["adapter.labels"] < 0).all()
-    assert not torch.equal(found[2]["meta_net.linear2.bias"], before["meta_net.linear2.bias"])
-    assert found[5]["trained"].all() and (found[5]["adapter.labels"] >= 0).all()

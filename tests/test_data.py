@@ -1,9 +1,6 @@
 """data.py: images of every kind are read or refused by name, decoded once, and augmented as the seed says."""
 
-import gc
-import os
 import random
-import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +8,6 @@ import pytest
 import torch
 from dassl.config import get_cfg_default
 from dassl.data.datasets import Datum
-from helpers import Runs
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
@@ -37,15 +33,6 @@ def pixels(path):
     return np.asarray(image)
 
 
-def coop_reads(path):
-    """Dassl's and CoOp's own way."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-# ------------------------------------------------------------------------------------------------- kinds of images
-
-
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 @pytest.mark.parametrize(
     "mode, kind",
@@ -59,16 +46,8 @@ def test_images_of_8_bits_are_read_as_in_coop(mode, kind, tmp_path):
     if mode.endswith("A"):
         image.putalpha(Image.fromarray(RAMP))
     image.save(path, kind)
-    assert (pixels(path) == coop_reads(path)).all()
-
-
-@pytest.mark.parametrize("transparency", [3, bytes(range(256))])
-def test_transparency_is_dropped_without_a_warning(transparency, tmp_path, recwarn):
-    Image.fromarray(RAMP).convert("P").save(tmp_path / "x.png", transparency=transparency)
-    assert (pixels(tmp_path / "x.png") == RAMP[..., None]).all()
-    Image.new("RGBA", (2, 1), (10, 200, 30, 0)).save(tmp_path / "x.png")
-    assert pixels(tmp_path / "x.png").tolist() == [[[10, 200, 30]] * 2]
-    assert not recwarn.list
+    with Image.open(path) as opened:
+        assert (pixels(path) == np.asarray(opened.convert("RGB"))).all()
 
 
 @pytest.mark.parametrize(
@@ -99,17 +78,11 @@ def test_exif_orientation_is_ignored(tmp_path):
     assert decoded_size([str(tmp_path / "x.png")], 1e9) == 3 * 8 * 16
 
 
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF"])
 def test_first_frame_counts(kind, tmp_path):
     frames = [Image.new("L", (8, 8), value).convert("RGB") for value in (200, 0, 90)]
-    lossless = {"lossless": True} if kind == "WEBP" else {}
-    frames[0].save(tmp_path / "x", kind, save_all=True, append_images=frames[1:], **lossless)
-    with Image.open(tmp_path / "x") as image:
-        assert image.n_frames == 3
+    frames[0].save(tmp_path / "x", kind, save_all=True, append_images=frames[1:])
     assert abs(pixels(tmp_path / "x").astype(int) - 200).max() <= 1
-
-
-# ------------------------------------------------------------------------------------------------- unreadable images
 
 
 def jpeg(path):
@@ -140,16 +113,6 @@ def unreadable(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", UNREADABLE)
-def test_unreadable_image_is_refused_by_name(unreadable, name):
-    error, message = UNREADABLE[name]
-    with pytest.raises(OSError) as caught:
-        read_image(str(unreadable / name))
-    assert type(caught.value) is error and len(caught.value.args) == 1
-    assert str(caught.value).startswith(message.format(str(unreadable / name).replace("\n", " ")))
-    assert len(str(caught.value).splitlines()) == 1
-
-
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_unreadable_image_in_a_loader(unreadable, num_workers):
     bad = [name for name in UNREADABLE if name != "folder.jpg"]
@@ -165,9 +128,6 @@ def test_unreadable_image_in_a_loader(unreadable, num_workers):
         assert type(caught.value) is error
         assert message.format(str(unreadable / name).replace("\n", " ")) in str(caught.value).splitlines()[-1]
     assert [batch["img"].shape for batch in batches] == [(1, 64, 64, 3)]
-
-
-# ------------------------------------------------------------------------------------------------- decoded once
 
 
 def test_decoded_images_are_those_of_the_files(data_root):
@@ -193,34 +153,6 @@ def test_decoded_images_are_those_of_the_files(data_root):
     assert torch.equal(batch["img"], torch.stack([plain[i]["img"] for i in range(len(items))]))
     decoded.decoded._memory.zero_()  # files are no longer read
     assert decoded[0]["img"].max() == 0
-
-
-def test_training_does_not_depend_on_decoded_images(data_root, rn_file, tmp_path):
-    run = Runs(data_root, rn_file, tmp_path)
-    for limit in (1.0, 0.0):
-        trainer = run("TRAIN.DECODED_GB", limit, out=str(limit))
-        assert (trainer.train_loader_x.dataset.decoded is not None) == (limit > 0)
-    states = [run.states(str(limit))[2] for limit in (1.0, 0.0)]
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-
-
-def test_too_little_shared_memory_is_reported(data_root, monkeypatch, capsys):
-    """Containers have 64 MB of it; without workers none is needed."""
-
-    def fail(self):
-        raise RuntimeError("unable to allocate shared memory(shm)\nfor file </torch_1>")
-
-    items = [Datum(str(path), 0, 0, "x") for path in sorted(data_root.rglob("image_0000.jpg"))]
-    data = ImageDataset(get_cfg_default(), items, transform=T.ToTensor(), is_train=True)
-    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
-    data.decode(2**30)
-    assert data.decoded is None and data[0]["img"].shape[0] == 3
-    assert len(capsys.readouterr().out.splitlines()) == 1
-    data.decode(2**30, shared=False)
-    assert data.decoded is not None
-
-
-# ------------------------------------------------------------------------------------------------- loaders, randomness
 
 
 def test_index_loader_draws_the_batches_of_training():

@@ -6,15 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import Runs, build, naive_paste
+from helpers import Runs, naive_paste
 from PIL import Image
-from tiny import NAMES, SIZE
+from tiny import SIZE
 from torchvision import transforms as T
 
 from trainers.prompting import image_batch
 from trainers.prompting.backbone import Backbone, load_clip
 from trainers.prompting.image_batch import ImageBatch, ViewCache
-from trainers.prompting.paste import uniform_of_paths
 
 TRANSFORM = T.Compose(
     [T.RandomResizedCrop(SIZE), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize([0.4] * 3, [0.3] * 3)]
@@ -61,9 +60,6 @@ def naive_feature(backbone, image):
     return feature / feature.norm()
 
 
-# ------------------------------------------------------------------------------------------------- pixels
-
-
 @pytest.mark.parametrize("chunk", [256, 3])
 def test_features_equal_loop(backbone, blocks, monkeypatch, chunk):
     monkeypatch.setattr(image_batch, "CHUNK", chunk)
@@ -79,13 +75,6 @@ def test_features_equal_loop(backbone, blocks, monkeypatch, chunk):
     assert not features.requires_grad and not conditional.requires_grad
 
 
-def test_images_are_encoded_once(backbone, encoded):
-    images = ImageBatch(backbone, torch.randn(3, 3, SIZE, SIZE))
-    lengths = images.raw_features().norm(dim=1, keepdim=True)
-    torch.testing.assert_close(images.raw_features() / lengths, images.features())
-    assert encoded == [3]
-
-
 def test_chunks_change_no_gradient_of_blocks(clip_file, monkeypatch):
     backbone, gradients = load_clip(clip_file).double(), []
     pixels, weights = torch.randn(3, 3, SIZE, SIZE).double(), torch.randn(3, 2, 24).double()
@@ -97,19 +86,6 @@ def test_chunks_change_no_gradient_of_blocks(clip_file, monkeypatch):
         gradients += torch.autograd.grad((features * weights).sum(), learned)
     torch.testing.assert_close(*gradients)
     assert [bool(g.abs().sum() > 0) for g in gradients[0]] == [True, True, True, False, False, True, False, False]
-
-
-def test_places_come_from_paths_in_tests_and_from_torch_in_training(backbone):
-    pixels = torch.zeros(2, 3, SIZE, SIZE)
-    assert torch.equal(ImageBatch(backbone, pixels, ["a", "b"]).uniform(3), uniform_of_paths(["a", "b"], 3))
-    training = ImageBatch(backbone, pixels)
-    torch.manual_seed(1)
-    drawn = training.uniform(3)
-    torch.manual_seed(1)
-    assert torch.equal(drawn, torch.rand(2, 2, dtype=torch.float64)) and not torch.equal(drawn, training.uniform(3))
-
-
-# ------------------------------------------------------------------------------------------------- cached views
 
 
 def cache_of(backbone, items, views=2, seed=1, room=2**30):
@@ -188,32 +164,7 @@ def test_resumed_cache_encodes_in_the_same_groups(backbone, blocks, items, encod
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), resumed.state_dict().values()))
 
 
-def test_step_with_cached_views_equals_step_on_the_same_pixels(clip_file, items):
-    model = build(clip_file, K=3, dtype=torch.float32)
-    cache = cache_of(model.backbone, items)
-    index, label = torch.tensor([5, 1, 2]), torch.tensor([1, 1, 2])
-    fresh = ImageBatch(model.backbone, torch.stack([cache.pixels(i, 1) for i in index.tolist()]))
-    fresh.uniform = lambda seed: cache.uniform[index, 1]
-    outcomes = []
-    for images in (fresh, cache.batch(index, 1)):
-        model.zero_grad()
-        step = model.loss(images, label)
-        step.total.backward()
-        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        outcomes.append([step.total, step.logits, *gradients])
-    assert len(outcomes[0]) > 2
-    for plain, cached in zip(*outcomes):
-        torch.testing.assert_close(cached, plain, **CLOSE)
-
-
-# ------------------------------------------------------------------------------------------------- runs of train.py
-
 VIEWS = ("OPTIM.MAX_EPOCH", 6, "TRAINER.LOGOPROMPT.VIEWS", 2, "TRAINER.LOGOPROMPT.K", 3, "TEST.NO_TEST", True)
-
-
-def test_later_epochs_encode_next_to_nothing(data_root, rn_file, tmp_path, encoded):
-    trainer = Runs(data_root, rn_file, tmp_path)(*VIEWS)
-    assert sum(encoded) == len(trainer.view_cache) <= 16 * 2 * (1 + len(NAMES[:4]))
 
 
 @pytest.mark.parametrize("done", [1, 4])

@@ -1,7 +1,4 @@
-"""logoprompt.py as a whole against the method written as loops, in float64, and its stages in real runs.
-
-These tests fail if the loss, the hard negatives, the selection or the pasting is replaced by something simpler.
-"""
+"""logoprompt.py as a whole against the method written as loops, in float64, and its stages in real runs."""
 
 import json
 import math
@@ -23,7 +20,6 @@ from tiny import NAMES, SIZE
 
 from trainers import logoprompt
 from trainers.prompting.image_batch import ImageBatch
-from trainers.prompting.prompts import PromptLearner
 from trainers.prompting.render import blocks_of
 
 BASE, NEW = NAMES[:4], NAMES[4:]
@@ -46,9 +42,6 @@ def loss_and_places(model, images, labels):
 def conditional_probability(model, image, c, place, text):
     """p(c|x_c)."""
     return naive_probabilities(model, naive_paste(image, model.visual_prompts[c], *place), text)[c]
-
-
-# ------------------------------------------------------------------------------------------------- loss and selection
 
 
 @pytest.mark.parametrize(
@@ -136,17 +129,6 @@ def test_blocks_are_normalised_like_the_images(rn_file):
         torch.testing.assert_close(normalised.visual_prompts[:, channel], expected, atol=1e-6, rtol=1e-6)
 
 
-def test_half_precision_encoders_give_finite_float32_losses(clip_file):
-    model = build(clip_file, dtype=torch.float32)
-    model.backbone.half_weights()
-    model.learned = PromptLearner(model.backbone, NAMES, 4)
-    assert model.learned.ctx.dtype == torch.float16
-    step = model.loss(batch_of(model, 3), torch.arange(3))
-    assert step.total.dtype == step.logits.dtype == torch.float32 and torch.isfinite(step.total)
-
-
-# ------------------------------------------------------------------------------------------------- gradients
-
 MLP = {f"meta_net.linear{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
 
 
@@ -201,17 +183,6 @@ def test_gradient_of_pixels_equals_finite_differences(clip_file, form):
     assert checked >= 2
 
 
-def test_tunable_blocks_start_as_the_rendered_ones(rn_file):
-    frozen, tunable = build(rn_file), build(rn_file, TUNE_VISUAL=True)
-    assert not frozen.visual_prompts.requires_grad and tunable.visual_prompts.requires_grad
-    with torch.no_grad():
-        scores = [model.score(batch_of(model, 3, list("abc")), model.text_features()) for model in (frozen, tunable)]
-    torch.testing.assert_close(*scores, atol=1e-6, rtol=1e-6)
-
-
-# ------------------------------------------------------------------------------------------------- runs of train.py
-
-
 @pytest.fixture
 def run(data_root, rn_file, tmp_path):
     runs = Runs(data_root, rn_file, tmp_path)
@@ -256,6 +227,18 @@ def test_interrupted_run_ends_with_the_same_prompts(run, done):
     run[1].check_resume(done, "OPTIM.MAX_EPOCH", 5, "TRAINER.LOGOPROMPT.TUNE_VISUAL", True)
 
 
+def test_log_is_read_by_parse_test_res_of_coop(run):
+    """It takes the last accuracy after "Finish training", or after "=> result" of test-only runs."""
+    train, runs = run
+    train("TEST.FINAL_MODEL", "best_val")  # logs an accuracy on validation images after every epoch
+    train("DATASET.SUBSAMPLE_CLASSES", "new", out="new", flags=runs.evaluation())
+    for out, signal in (("run", "Finish training"), ("new", "=> result")):
+        before, after = (runs.folder / out / "log.txt").read_text().split(f"\n{signal}\n")[-2:]
+        accuracy = json.loads((runs.folder / out / "results.json").read_text())["metrics"]["accuracy"]
+        assert after.count(f"* accuracy: {accuracy:.1f}%\n") == after.count("* accuracy: ") == 1
+        assert before.count("* accuracy: ") == (5 if out == "run" else 0)
+
+
 def test_one_checkpoint_serves_base_new_and_all_classes(run):
     """Text of untrained classes comes from stage 1, their blocks are the rendered ones."""
     train, runs = run
@@ -274,29 +257,3 @@ def test_one_checkpoint_serves_base_new_and_all_classes(run):
     torch.testing.assert_close(text["base"], trained.model.text_features())
     torch.testing.assert_close(text["all"], torch.cat([text["base"], text["new"]]))
     torch.testing.assert_close(blocks["all"].detach().cpu(), torch.cat([pixels, rendered[4:]]))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"TEXT_PROMPT": "three_stage"},
-        {"STAGE1_EPOCHS": 6},
-        {"STAGE1_EPOCHS": -2},
-        {"STAGE2_LR": -0.1},
-        {"VISUAL_LR": -1.0},
-        {"VIEWS": -1},
-        {"TUNE_VISUAL": True, "VISUAL_PROMPT": "none"},
-        {"VIEWS": 2, "TUNE_VISUAL": True},
-        {"ADAPTER_EPOCHS": 6, "ADAPTER": True},
-        {"ADAPTER_EPOCHS": 0, "ADAPTER": True},
-        {"STAGE1_EPOCHS": 5, "ADAPTER": True},
-        {"ADAPTER_BETA": -1.0},
-        {"ADAPTER_SEARCH": True},
-    ],
-)
-def test_impossible_settings_are_refused(run, capsys, options):
-    train, _ = run
-    train(*(x for key, value in options.items() for x in (f"TRAINER.LOGOPROMPT.{key}", value)), status=2)
-    key, value = next(iter(options.items()))
-    shown = f"{value:g}" if isinstance(value, float) else value
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: TRAINER.LOGOPROMPT.{key} {shown}: ")

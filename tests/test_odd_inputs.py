@@ -1,8 +1,6 @@
 """Odd class names, and data sets with few classes or images: what happens is defined."""
 
 import json
-import sys
-import unicodedata
 from pathlib import Path
 
 import pytest
@@ -10,19 +8,14 @@ import torch
 from helpers import Runs, one_line
 from hypothesis import example, given
 from hypothesis import strategies as st
-from PIL import Image, features
 from tiny import NAMES, caltech_tree, clip_state_dict
 
 import train
-from datasets.splits import Entry, check_labels
 from trainers.prompting.backbone import load_clip
 from trainers.prompting.errors import UserError
 from trainers.prompting.names import clean_name, matching_names, printable
 from trainers.prompting.prompts import PromptLearner
 from trainers.prompting.render import rasterise, render_blocks
-from trainers.prompting.text_encoder import TextEncoder, encode_tokens
-
-# ------------------------------------------------------------------------------------------------- class names
 
 ODD = {
     "long": "x" * 200,
@@ -78,55 +71,17 @@ def test_invisible_name_is_refused(font):
     assert '"\\u200b" cannot be drawn' in one_line(lambda: rasterise(["\u200b"], 20, 64, font))
 
 
-@pytest.mark.parametrize("kind", ODD)
-def test_odd_names_are_encoded_or_refused(kind, backbone):
-    name = ODD[kind]
-    if kind == "many words":
-        message = one_line(lambda: PromptLearner(backbone, ["dog", name], 16))
-        assert "tokens" in message and name[:20] in message
-        return
-    encoded = TextEncoder(backbone)(*PromptLearner(backbone, ["dog", name], 16).encoder_inputs())
-    assert encoded.shape == (2, 24) and encoded.isfinite().all()
-
-
-def test_unusable_names_in_a_split_are_refused():
-    for name in ("", "   ", "___"):
-        parts = {"train": [Entry("a.jpg", 0, "dog"), Entry("b.jpg", 1, name)], "val": [], "test": []}
-        assert "label 1 has an empty class name" in one_line(lambda p=parts: check_labels(p, "split.json"))
-    parts = {"train": [Entry("a.jpg", 0, "dog"), Entry("b.jpg", 0, "cat")], "val": [], "test": []}
-    assert 'label 0 is both "dog" and "cat"' in one_line(lambda: check_labels(parts, "split.json"))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="file systems elsewhere refuse such names")
-def test_file_name_that_is_not_utf8_is_refused(tmp_path, capsys):
-    for name in ("dog", "cat"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for i in range(4):
-            Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / f"{i}.png")
-    bad = bytes(tmp_path / "data" / "cat") + b"/\xff.png"
-    (tmp_path / "data" / "cat" / "0.png").rename(bad.decode(errors="surrogateescape"))
-    config = str(Path(train.__file__).parent / "configs" / "datasets" / "folder.yaml")
-    argv = ["--root", str(tmp_path / "data"), "--trainer", "ZeroshotCLIP", "--dataset-config-file", config]
-    argv += ["--output-dir", str(tmp_path / "out"), "MODEL.BACKBONE.NAME", "tiny", "INPUT.SIZE", "(96, 96)"]
-    assert train.main(argv) == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-    assert line.startswith(f"error: {tmp_path / 'data' / 'cat'}: ") and "\\udcff.png" in line
-
-
 def test_errors_escape_control_characters(capsys):
     assert train._fail("a\x1b[2Jb\nc", "d\u202ee") == 2
     assert capsys.readouterr().err == "error: a\\x1b[2Jb c\nerror: d\\u202ee\n"
 
 
-# ------------------------------------------------------------------------------------------------- names by chance
-
 ANY_NAME = st.text(st.characters(exclude_categories=()), max_size=200)
-WORDS = st.text("abcdefghij klmnopqrstuvwxyz_-.'ABC", max_size=200)
 SHORT = st.lists(st.text("ab_ ", max_size=3), max_size=6)
 
 
 @given(
-    names=st.lists(st.one_of(ANY_NAME, WORDS), min_size=1, max_size=5),
+    names=st.lists(ANY_NAME | st.text("abc klm_-.'A", max_size=200), min_size=1, max_size=5),
     height=st.integers(1, 40),
     width=st.integers(1, 120),
     seed=st.integers(0, 9),
@@ -145,14 +100,6 @@ def test_any_names_are_drawn_or_refused(names, height, width, seed):
     assert blocks.min() >= 0 and blocks.max() <= 1
     assert torch.equal(blocks, render_blocks(names, height, width, seed))
     assert torch.equal(blocks[-1:], render_blocks(names[-1:], height, width, seed))
-
-
-@given(name=ANY_NAME)
-def test_cleaning_and_showing_names(name):
-    assert clean_name(clean_name(name)) == clean_name(name)
-    assert "_" not in clean_name(name) and len(clean_name(name)) == len(name)
-    assert printable(name).isprintable() and printable(printable(name)) == printable(name)
-    printable(name).encode()
 
 
 @given(names=SHORT, known=SHORT)
@@ -177,9 +124,6 @@ def test_any_prompts_fit_or_are_refused(backbone, names, n_ctx):
     prompts, eot = learner()
     assert prompts.shape[:2] == (len(names), int(eot.max()) + 1) and prompts.shape[1] <= backbone.context_length
     assert int(eot.min()) >= 2 + n_ctx  # [SOS], the context, a full stop
-
-
-# ------------------------------------------------------------------------------------------------- small data sets
 
 
 @pytest.fixture

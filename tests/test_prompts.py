@@ -8,7 +8,7 @@ from tiny import NAMES
 from trainers.prompting.backbone import load_clip
 from trainers.prompting.checkpoint import remap_state_to_classes
 from trainers.prompting.errors import UserError
-from trainers.prompting.prompts import POSITIONS, PromptLearner, TwoStagePromptLearner, meta_net
+from trainers.prompting.prompts import POSITIONS, PromptLearner, TwoStagePromptLearner
 from trainers.prompting.text_encoder import TextEncoder, encode_texts
 
 WORDS = "a photo of a"
@@ -33,9 +33,6 @@ def learner(backbone, names=NAMES, scale=0.3, **options):
 
 def hand_made(name):
     return f"a photo of a {name.replace('_', ' ')}."
-
-
-# ------------------------------------------------------------------------------------------------- CoOp's contexts
 
 
 def test_context_starts_from_words(backbone):
@@ -75,20 +72,6 @@ def test_impossible_prompts_are_refused(backbone):
     assert 'CTX_INIT "_": ' in one_line(lambda: PromptLearner(backbone, ["cup"], ctx_init="_"))
     message = one_line(lambda: PromptLearner(backbone, ["cup"], 4, class_token_position="left"))
     assert message.startswith("CLASS_TOKEN_POSITION left: choose one of end, middle, front")
-
-
-# ------------------------------------------------------------------------------------------------- two stages
-
-
-@pytest.mark.parametrize("n_in, reduction, hidden", [(64, 16, 4), (64, 4, 16), (24, 16, 1), (8, 16, 1)])
-def test_meta_net_is_that_of_cocoop(n_in, reduction, hidden):
-    net = meta_net(n_in, 5, reduction)
-    assert [name for name, _ in net.named_children()] == ["linear1", "relu", "linear2"]
-    assert net.linear1.weight.shape == (hidden, n_in) and net.linear2.weight.shape == (5, hidden)
-    x = torch.randn(3, n_in)
-    expected = torch.relu(x @ net.linear1.weight.T + net.linear1.bias) @ net.linear2.weight.T + net.linear2.bias
-    torch.testing.assert_close(net(x), expected)
-    assert meta_net(64, 5).linear1.out_features == 4  # CoCoOp's 16
 
 
 def test_every_class_starts_with_the_initial_context(backbone):
@@ -147,18 +130,10 @@ def test_stage_1_discards_the_contexts_of_stage_2(backbone):
     assert not ours.trained.any()
 
 
-# ------------------------------------------------------------------------------------------------- other classes
-
-
 def remapped(module, other, names, known):
     """``module``, built for ``names``, with the state of ``other``, built for ``known``."""
     module.load_state_dict(remap_state_to_classes(module, other.state_dict(), names, known, "x"))
     return module
-
-
-def test_shared_context_serves_any_classes(backbone):
-    base = PromptLearner(backbone, BASE, 3)
-    assert torch.equal(remapped(PromptLearner(backbone, NEW, 3), base, NEW, BASE).ctx, base.ctx)
 
 
 def test_class_specific_contexts_go_by_name_and_refuse_untrained_classes(backbone):
@@ -186,15 +161,3 @@ def test_untrained_classes_use_stage_1_and_trained_ones_keep_stage_2(backbone):
     assert mixed.trained.tolist() == [False] * len(NEW) + [True] * len(BASE)
     mixed.begin_stage_2()
     assert mixed.trained.all() and mixed.n_trained == len(names)
-
-
-def test_classes_of_equal_name_keep_their_own_contexts(backbone):
-    names = ["crane", "cup", "crane"]
-    base = learner(backbone, names, n_ctx=2)
-    base.begin_stage_2()
-    with torch.no_grad():
-        base.ctx += torch.randn_like(base.ctx)
-    wanted = ["crane", "crane", "key"]
-    other = remapped(TwoStagePromptLearner(backbone, wanted, n_ctx=2), base, wanted, names)
-    assert torch.equal(other.ctx[:2], base.ctx[[0, 2]]) and not torch.equal(other.ctx[0], other.ctx[1])
-    assert other.trained.tolist() == [True, True, False]

@@ -2,11 +2,9 @@
 
 import ast
 import hashlib
-import json
 import os
 import pickle
 import re
-import shutil
 import struct
 import tarfile
 import warnings
@@ -21,7 +19,7 @@ import torch
 from conftest import ROOT
 from helpers import Runs, one_line
 from PIL import Image, PngImagePlugin
-from tiny import NAMES, SIZE, arguments, clip_state_dict
+from tiny import SIZE, arguments, clip_state_dict
 
 import train
 from datasets.splits import read_split
@@ -33,8 +31,6 @@ from trainers.prompting.text_encoder import encode_texts
 from trainers.prompting.weights import load_init_weights, load_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pickle protocol", "ignore:.*torch.jit", "ignore:.*TorchScript")
-
-# ------------------------------------------------------------------------------------------------- dangerous calls
 
 BANNED = {"torch.jit.load", "os.system", "os.popen", "eval", "exec", "__import__", "marshal.loads", "pickle.load"}
 BANNED |= {"pickle.loads", "pickle.Unpickler", "yaml.unsafe_load", "yaml.full_load", "joblib.load", "shelve.open"}
@@ -97,9 +93,6 @@ def test_no_code_of_ours_executes_a_file():
             assert node.lineno <= line <= node.end_lineno and call.startswith("torch.jit.load(")
             found[name] = []
     assert {name: calls for name, calls in found.items() if calls} == {} and len(paths) > 60
-
-
-# ------------------------------------------------------------------------------------------------- pickles
 
 
 class Call:
@@ -204,9 +197,6 @@ def test_other_archives_are_refused(tmp_path):
             assert not marker.exists()
 
 
-# ------------------------------------------------------------------------------------------------- TorchScript
-
-
 class Program(torch.nn.Module):
     """Writes a file when it is loaded; TorchScript runs ``__setstate__``."""
 
@@ -264,17 +254,7 @@ def test_published_archive_is_read(arch, tmp_path, monkeypatch):
     assert torch.equal(encode_texts(archive, ["cup"]), encode_texts(plain, ["cup"]))
 
 
-# ------------------------------------------------------------------------------------------------- JSON, YAML
-
-
-ROWS = [
-    '1e999, "cup"',
-    'NaN, "cup"',
-    '0, "\\ud800"',
-    '"0"',
-    '0, "cup"], ["../b.jpg", 0, "cup"',
-    '0, "c"], ["/b", 0, "c"',
-]
+ROWS = ('1e999, "c"', 'NaN, "c"', '0, "\\ud800"', '"0"', '0, "c"], ["../b", 0, "c"', '0, "c"], ["/b", 0, "c"')
 SPLITS = [f'{{"train": [["a.jpg", {row}]], "val": [], "test": []}}' for row in ROWS]
 
 
@@ -285,15 +265,6 @@ def test_invalid_split_is_refused(content, tmp_path):
     with pytest.raises(UserError, match="not a split file") as caught:
         read_split(str(path))
     assert str(path) in str(caught.value) and len(str(caught.value)) < 500
-
-
-def test_invalid_few_shot_sample_is_drawn_again(data_root, rn_file, tmp_path):
-    sample, run = data_root / "caltech-101" / "split_fewshot" / "shot_4-seed_7.json", Runs(data_root, rn_file, tmp_path)
-    sample.parent.mkdir(exist_ok=True)
-    for content in ("[" * 100_000, '{"train": [["../../x.jpg", 0, "cup"]]}'):
-        sample.write_text(content)
-        run(trainer="ZeroshotCLIP", flags=["--eval-only"], seed=7)
-        assert json.loads(sample.read_text()).keys() == {"source", "train", "val"}
 
 
 def test_config_executes_nothing(data_root, rn_file, tmp_path, capsys):
@@ -313,9 +284,6 @@ def test_config_executes_nothing(data_root, rn_file, tmp_path, capsys):
         assert train.main(argv) == 2
         assert str(tmp_path / name) in capsys.readouterr().err
         assert not marker.exists()
-
-
-# ------------------------------------------------------------------------------------------------- images
 
 
 def chunk(kind, content):
@@ -375,13 +343,3 @@ def test_no_other_program_reads_an_image(tmp_path):
     with pytest.raises(OSError, match="x.jpg: not an image of a known format"):
         read_image(str(tmp_path / "x.jpg"))
     assert PngImagePlugin.MAX_TEXT_CHUNK <= 2**20 and PngImagePlugin.MAX_TEXT_MEMORY <= 2**26
-
-
-def test_image_bomb_in_a_data_set_is_named(data_root, rn_file, tmp_path, capsys):
-    tree = shutil.copytree(data_root, tmp_path / "data")
-    victim = tree / "caltech-101" / "101_ObjectCategories" / NAMES[0] / "image_0009.jpg"
-    victim.write_bytes(BOMBS["pixels.png"])
-    run = Runs(tree, rn_file, tmp_path, "ZeroshotCLIP")
-    run("DATALOADER.NUM_WORKERS", 1, flags=["--eval-only"], status=2)
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-    assert str(victim) in line
