@@ -1,5 +1,5 @@
 # make test     sets up .venv if need be, then runs the tests and says which lines they run
-# make mutants  changes the arithmetic of the method in a thousand ways and counts those that the tests notice
+# make mutants  mutation testing: changes the method's code in 1,500 ways and counts the changes that tests detect
 # make soak     what kills runs at every moment there is; takes half an hour
 # make demo     the method on the embedded world; sets up .venv if need be, then takes minutes
 # make install  sets up .venv
@@ -14,8 +14,7 @@ STAMP = $(VENV)/.installed
 test: install
 	$(VENV)/bin/python -m pytest --cov
 
-# From scratch, since mutmut does not see that a test has changed. One thread, because workers are forked and two of them
-# share the cores with each other.
+# From scratch, because mutmut does not notice changed tests. One thread, because the workers are forked.
 mutants: $(VENV)/.mutmut
 	rm -rf mutants
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m mutmut run
