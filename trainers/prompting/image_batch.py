@@ -94,7 +94,9 @@ def encode_pasted(
     """Paste and encode in chunks: P pairs of an image (its row in ``owner``) and a class -> (P, E)."""
 
     def encode(i: torch.Tensor, c: torch.Tensor) -> torch.Tensor:  # indexing in here: nothing pasted is retained
-        return backbone.encode_image(paste(pixels[i], blocks[c], places[i]))
+        # With several CPU threads the gradient of blocks[c] would be summed in any order.
+        chosen = blocks.index_select(0, c.to(blocks.device))
+        return backbone.encode_image(paste(pixels[i], chosen, places[i]))
 
     learning = blocks.requires_grad and torch.is_grad_enabled()
     chunk = GRADIENT_CHUNK if learning else CHUNK

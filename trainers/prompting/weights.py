@@ -57,10 +57,18 @@ def load_tensors(path: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
 
 
+class EmptyDict:
+    """Stands for ``collections.defaultdict``, in which a pickled optimizer holds its state: torch fills only dicts."""
+
+    def __new__(cls, *args: Any) -> dict:  # type: ignore[misc]
+        return {}
+
+
 def _placeholder_for(name: str) -> type:
     """A placeholder class under the full name that a pickle uses."""
     module, _, leaf = name.rpartition(".")
-    return type(leaf, (Placeholder,), {"__module__": module})
+    base = EmptyDict if name == "collections.defaultdict" else Placeholder
+    return type(leaf, (base,), {"__module__": module})
 
 
 def load_init_weights(module: nn.Module, path: str) -> None:
