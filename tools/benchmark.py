@@ -45,13 +45,13 @@ Ways = dict[str, Callable[[], Any]]  # calls to compare, by name; the first one 
 Row = dict[str, Any]  # label, seconds, ratio, megabytes
 
 
-def compare(title: str, ways: Ways, rounds: int, memory: Optional[Callable[[str], float]] = None) -> list[Row]:
+def compare(title: str, ways: Ways, rounds: int, memory: Sequence[Optional[float]] = ()) -> list[Row]:
     """Medians of alternating runs, each after one to warm up; ratios are to the first way."""
     threads = torch.get_num_threads()
     timers = {way: Timer("call()", globals={"call": call}, num_threads=threads) for way, call in ways.items()}
     runs = [{way: timer.blocked_autorange(min_run_time=1) for way, timer in timers.items()} for _ in range(rounds)]
-    medians = {way: Measurement.merge([run[way] for run in runs])[0].median for way in ways}
-    return rows_of({f"{title}: {way}": t for way, t in medians.items()}, [memory and memory(way) for way in ways])
+    medians = {f"{title}: {way}": Measurement.merge([run[way] for run in runs])[0].median for way in ways}
+    return rows_of(medians, memory)
 
 
 def rows_of(seconds: dict[str, float], memory: Sequence[Optional[float]] = ()) -> list[Row]:
@@ -59,25 +59,22 @@ def rows_of(seconds: dict[str, float], memory: Sequence[Optional[float]] = ()) -
     return [{"label": name, "seconds": t, "ratio": t / first, "megabytes": peak} for (name, t), peak in pairs]
 
 
-def peak_memory(make: Callable[..., Ways], *args: Any) -> Callable[[str], Optional[float]]:
-    """Measures the peak of one of the ways that ``make`` makes, in a process of its own, in megabytes (on Linux)."""
-
-    def measure(way: str) -> Optional[float]:
+def peaks(make: Callable[..., Ways], *args: Any) -> list[Optional[float]]:
+    """Peak memory in megabytes of each of the ways that ``make`` makes, in a process of its own (on Linux)."""
+    found = []
+    for way in make(*args) if sys.platform == "linux" else ():
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            return pool.submit(_peak, make, args, way).result() if sys.platform == "linux" else None
-
-    return measure
+            found.append(pool.submit(_peak, make, args, way).result())
+    return found
 
 
 def _peak(make: Callable[..., Ways], args: tuple, way: str) -> float:
-    before = _highest()
+    def highest() -> float:  # not from getrusage, which starts from the parent's
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
+
+    before = highest()
     make(*args)[way]()
-    return _highest() - before
-
-
-def _highest() -> float:
-    """Most memory that this process has used, in megabytes; not from getrusage, which starts from the parent's."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
+    return highest() - before
 
 
 def random_clip(arch: str = "RN50") -> torch.nn.Module:
@@ -93,8 +90,7 @@ def method(module: Any, classes: int, arch: str = "RN50", **options: Any) -> Met
     cfg, kind = get_cfg_default(), module.CustomCLIP
     module.extend_cfg(cfg)
     cfg.INPUT.SIZE = (224, 224)
-    for key, value in options.items():
-        (cfg.TRAIN if key == "TEXT_CHUNK" else cfg.TRAINER[kind.config_name])[key] = value
+    cfg.TRAINER[kind.config_name].update(options)
     names = [IMAGENET_CLASSNAMES[i % len(IMAGENET_CLASSNAMES)] for i in range(classes)]
     return kind(cfg, names, Backbone(random_clip(arch), open_clip.tokenizer.SimpleTokenizer(), arch))
 
@@ -126,8 +122,7 @@ def text(quick: bool) -> Iterator[Row]:
     cases = [(100, 16, False), (100, 4, True)] if quick else [(100, 16, False), (1000, 16, False), (1000, 4, True)]
     for case in cases:
         title = f"C = {case[0]}, M = {case[1]}, {'class-specific' if case[2] else 'shared'} context"
-        memory = peak_memory(text_ways, *case)
-        yield from compare(title, text_ways(*case), 1 if quick or case[0] > 100 else 3, memory)
+        yield from compare(title, text_ways(*case), 1 if quick or case[0] > 100 else 3, peaks(text_ways, *case))
 
 
 def cocoop_ways(classes: int, batch: int) -> Ways:
@@ -152,7 +147,7 @@ def cocoop_ways(classes: int, batch: int) -> Ways:
 def cocoop_step(quick: bool) -> Iterator[Row]:
     for batch in (1,) if quick else (1, 4):
         title, rounds = f"C = 50, batch {batch}", 2 if quick else 5
-        yield from compare(title, cocoop_ways(50, batch), rounds, peak_memory(cocoop_ways, 50, batch))
+        yield from compare(title, cocoop_ways(50, batch), rounds, peaks(cocoop_ways, 50, batch))
 
 
 def step_ways(arch: str, batch: int, classes: int, k: int) -> tuple[Ways, Ways]:
@@ -217,9 +212,8 @@ def runs(quick: bool) -> Iterator[Row]:
 
         def learn(epochs: int, shots: int, views: int) -> float:
             opts = ("OPTIM.MAX_EPOCH", epochs, "DATASET.NUM_SHOTS", shots, "TRAINER.LOGOPROMPT.VIEWS", views)
-            with tempfile.TemporaryDirectory() as output:
-                opts = (*opts, "TEST.NO_TEST", True, "TRAIN.CHECKPOINT_FREQ", 0)
-                return run("train", "tiny96_ep10_ctxv1", Path(folder), Path(output), 1, *opts)[0]
+            output = Path(tempfile.mkdtemp(dir=folder))
+            return run("train", "tiny96_ep10_ctxv1", Path(folder), output, 1, *opts, "TEST.NO_TEST", True)[0]
 
         learn(1, 1, 0)  # draws the images, imports TensorBoard
         yield from rows_of({f"1 epoch, {n} shots": learn(1, n, 0) for n in ((4, 16) if quick else (1, 2, 4, 8, 16))})
