@@ -66,7 +66,7 @@ def contact_sheet(run_folder: Path, path: Path) -> None:
     changed, same = [], []
     for explanation, (_, label) in zip(predictor.explain([image for image, _ in images]), images):
         verdict = "right" if explanation.prediction.classes[0] == classnames[label] else "wrong"
-        explanation.prediction.path = f"{classnames[label]}: {verdict}"
+        explanation.prediction.path = f"true class: {classnames[label]}, prediction: {verdict}"
         (changed if explanation.selected else same).append(explanation)
     rows = changed[:: max(1, 2 * len(changed) // ROWS)][: ROWS // 2]
     rows += same[:: max(1, len(same) // ROWS)][: ROWS - len(rows)]

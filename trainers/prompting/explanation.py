@@ -12,7 +12,7 @@ from PIL import Image
 
 from .names import clean_name, printable
 
-CELL, LINE, CAPTION = 2.2, 0.3, 1.4  # inches: width of an image, heights of a path and of all text around an image
+CELL, LINE = 2.2, 0.17  # inches: width of an image, height of a line
 CHARACTERS, PATH = 16, 50  # of a line below an image, and of a path; so many W fit
 INK, SELECTED = "#1f2933", "#1a7f37"
 
@@ -73,7 +73,10 @@ class Explanation:
         text = {"fontproperties": font, "fontsize": 9, "color": INK, "parse_math": False}
         compared = self.candidates[0].conditional is not None
         ratios = [1] * (1 + len(self.candidates)) if compared else [1, 2]
-        height = CELL + CAPTION if compared else max(CELL, 0.4 * len(self.candidates)) + LINE
+        lines, names = 3 if compared else 2, [printable(clean_name(c.classname)) for c in self.candidates]
+        names = ["\n".join(textwrap.wrap(name, CHARACTERS, max_lines=lines, placeholder="…")) for name in names]
+        captions = (4 + max(name.count("\n") for name in names)) * LINE
+        height = CELL + 2 * LINE + captions if compared else max(CELL, 0.4 * len(names)) + 2 * LINE
         figure = Figure(figsize=(sum(ratios) * CELL, height), layout="constrained")
         axes = figure.subplots(1, len(ratios), gridspec_kw={"width_ratios": ratios})
         path = printable(self.prediction.path)
@@ -87,9 +90,7 @@ class Explanation:
             axes[0].set_xlabel("the image x\nx_c: with the name of c", loc="left", **text)
         else:
             axes[1].set(xlim=(0, 1), ylim=(len(self.candidates) - 0.5, -0.9))
-        for i, candidate in enumerate(self.candidates):
-            name = printable(clean_name(candidate.classname))
-            name = "\n".join(textwrap.wrap(name, CHARACTERS, max_lines=3 if compared else 2, placeholder="…"))
+        for i, (candidate, name) in enumerate(zip(self.candidates, names)):
             p, style = candidate.original, {**text, "color": SELECTED if i == self.selected else INK}
             if compared:
                 axes[i + 1].imshow(candidate.picture, interpolation="bicubic")
