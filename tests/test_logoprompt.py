@@ -191,7 +191,7 @@ def run(data_root, rn_file, tmp_path):
 
 def test_every_stage_trains_its_own_parameters(run):
     train, runs = run
-    train("TRAIN.CHECKPOINT_FREQ", 1)
+    train("TRAIN.CHECKPOINT_FREQ", 1, "TRAINER.LOGOPROMPT.MLP_REDUCTION", 2)  # with one hidden unit it may be dead
     found = runs.states()
     assert sorted(found) == [1, 2, 3, 4, 5]  # three of stage 1, two of stage 2
     for before, after in ((1, 2), (2, 3), (3, 4), (4, 5)):
