@@ -102,6 +102,7 @@ def run_and_report(argv, log, at, number, file_size):
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # noqa: SIM115
     sys.argv = sys.orig_argv = ["train.py", *argv]
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method("fork", force=True)  # of loaders' workers, as in a process of its own
     if file_size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     train.collect_env_info = str  # takes a second
