@@ -16,38 +16,25 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import json
 import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Optional
 
 import pandas as pd
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.markdown import Markdown
 from tabulate import tabulate
 from tqdm import tqdm
 
-from report_data import NAME, TITLES, Report, Table, UserError, make_report, replacing, shown
+from report_data import NAME, TITLES, Report, Table, UserError, make_report, replacing
 from report_figures import figures, render
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS_TRIED = 4  # runs tried for example predictions
 IMAGES_TRIED = 3  # images predicted for each that is shown
-
-
-class Picture(NamedTuple):
-    """A picture on the page."""
-
-    data: bytes  # PNG, JPEG or SVG
-    caption: str
-
-
-# ------------------------------------------------------------------------------------------------- tables as text
 
 
 def clean(text: str) -> str:
@@ -59,8 +46,9 @@ def table_text(table: Table) -> str:
     """A table in Markdown, with the published value and the difference next to each column that has them."""
     cells = table.cells.assign(text=table.cells.text.where(~table.cells.best, "**" + table.cells.text + "**"))
     lines = cells[["section", "row"]].drop_duplicates()
-    heads, columns = [*table.heads], [lines.section.where(lines.section != lines.section.shift(), ""), lines.row]
-    columns = [column.map(clean) for column in columns]
+    columns = {table.heads[0]: lines.section.where(lines.section != lines.section.shift(), "").map(clean)}
+    columns[table.heads[1]] = lines.row.map(clean)
+    heads, columns = list(columns), list(columns.values())
     for name, part in cells.groupby("column", sort=False):
         heads, columns = [*heads, name], [*columns, part.text.replace("", "–")]
         if part.published.notna().any():
@@ -71,64 +59,32 @@ def table_text(table: Table) -> str:
 
 def markdown(report: Report, figure_files: Sequence[str] = ()) -> str:
     """All tables, each with its figure if there are files, and what is missing."""
-    parts = ["# LoGoPrompt: report", summary(report)]
-    parts += ["\n".join(f"- {clean(line)}" for line in [*report.gaps, *report.notes])]
+    summary = (
+        f"Runs: {len(report.runs)}, seeds: {', '.join(map(str, report.seeds))}. Test accuracy in %, mean ± standard "
+        "deviation (of the sample) over seeds; with the paper's value and the difference; bold is the best."
+    )
+    parts = ["# LoGoPrompt: report", summary, "\n".join(f"- {clean(line)}" for line in [*report.gaps, *report.notes])]
     for i, table in enumerate(report.tables):
         parts += [f"## {clean(table.title)}", table_text(table), *table.notes]
         parts += [f"![{clean(table.title)}]({name})" for name in figure_files[i : i + 1]]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def summary(report: Report) -> str:
-    return (
-        f"Runs: {len(report.runs)}, seeds: {', '.join(map(str, report.seeds))}. Test accuracy in %, mean ± standard "
-        "deviation (of the sample) over seeds; with the paper's value and the difference; bold is the best."
-    )
-
-
-def cells_csv(report: Report) -> str:
-    """A line for every cell of every table, in full precision."""
-    columns = ["table", "section", "row", "column", "mean", "std", "n", "seeds", "published", "difference"]
-    cells = pd.concat([table.cells.assign(table=table.title) for table in report.tables])
-    return cells.dropna(subset=["mean"]).astype({"n": int})[columns].to_csv(index=False)
-
-
-# ------------------------------------------------------------------------------------------------- page
-
-
-def read_examples(folder: Path) -> list[Picture]:
-    """PNG and JPEG files of a folder, with the captions of ``captions.json`` ({file name: caption}) or their names."""
-    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
-    if not files:
-        raise UserError(f"{folder}: no PNG or JPEG files in it (--examples)")
-    captions, source = {}, folder / "captions.json"
-    if source.exists():
-        try:
-            captions = {name: str(text) for name, text in json.loads(source.read_text(encoding="utf-8")).items()}
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{source}: not {{file name: caption}} ({error})") from error
-    for name in captions.keys() - {path.name for path in files}:
-        raise UserError(f"{source}: no picture {name} in its folder")
-    return [Picture(p.read_bytes(), captions.get(p.name, p.stem.replace("_", " "))) for p in files]
-
-
-def example_predictions(runs: pd.DataFrame, n: int) -> tuple[list[Picture], Any, str]:
-    """Test images with their predictions by the first run that can be loaded, LoGoPrompt's before others'.
-
-    Returns:
-        Pictures, their run (a row of ``runs``) and, if there are none, the reason.
-    """
+def example_predictions(runs: pd.DataFrame, n: int) -> tuple[str, list[tuple[bytes, str]]]:
+    """The first run that can be loaded, LoGoPrompt's before others', and pictures with captions of its predictions."""
     runs = runs.assign(other=~runs.method.str.startswith("LoGoPrompt")).sort_values(["other", "seed"], kind="stable")
-    reason = ""
-    for run in runs.drop_duplicates(["method", "dataset", "backbone"]).head(MODELS_TRIED).itertuples():
+    reasons = []
+    for run in runs.drop_duplicates(["method", "dataset", "backbone"]).head(MODELS_TRIED if n else 0).itertuples():
         try:
-            return predict(run.folder, n), run, ""
+            return f"{run.method}, {run.dataset}, {run.backbone}, seed {run.seed}", predict(run.folder, n)
         except Exception as error:  # noqa: BLE001 (the report does without, whatever the reason)
-            reason = reason or f"{shown(run.folder)}: {' '.join(str(error).split())}"
-    return [], None, reason
+            reasons.append(f"{run.folder}: {' '.join(str(error).split())}")
+    for reason in reasons[:1]:
+        print(f"no example predictions (--predictions): {reason}", file=sys.stderr)
+    return "", []
 
 
-def predict(folder: str, n: int) -> list[Picture]:
+def predict(folder: str, n: int) -> list[tuple[bytes, str]]:
     """``n`` of 3n test images of a run's data set, spread over its classes; those changed by selection come first."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a report downloads nothing
     sys.path.insert(0, str(ROOT))
@@ -151,54 +107,26 @@ def predict(folder: str, n: int) -> list[Picture]:
     found = [explanation for explanation in explained if not explanation.prediction.error]
     if not found:
         raise ValueError("none of its test images can be read")
-    found.sort(key=lambda explanation: explanation.selected == 0)
-    return [picture(explanation, truth[explanation.prediction.path]) for explanation in found[:n]]
+    pictures = []
+    for explanation in sorted(found, key=lambda explanation: explanation.selected == 0)[:n]:
+        drawn, buffer, path = explanation.draw(), io.BytesIO(), explanation.prediction.path
+        drawn.savefig(buffer, dpi=100) if isinstance(drawn, Figure) else drawn.save(buffer, "png")
+        name, predicted = "/".join(Path(path).parts[-2:]), explanation.prediction.classes[0]
+        verdict = "right" if predicted == truth[path] else "wrong"
+        pictures.append((buffer.getvalue(), f"{name}: {verdict}, {predicted}"))
+    return pictures
 
 
-def picture(explanation: Any, truth: str) -> Picture:
-    """What a prediction is based on, and whether it is right."""
-    drawn, buffer, predicted = explanation.draw(), io.BytesIO(), explanation.prediction.classes[0]
-    if isinstance(drawn, Figure):
-        drawn.savefig(buffer, format="png", dpi=100)
-    else:
-        drawn.save(buffer, format="png")
-    name = "/".join(Path(explanation.prediction.path).parts[-2:])
-    return Picture(buffer.getvalue(), f"{name}: {'right' if predicted == truth else 'wrong'}, {predicted}")
-
-
-def page(report: Report, figure_files: dict[str, bytes], galleries: dict[str, list[Picture]]) -> str:
-    """``report.html``: the Markdown with CSS and pictures inside; ``galleries``: further pictures by their heading."""
-    text, images = markdown(report, list(figure_files)), dict(figure_files)
-    for title, pictures in galleries.items():
-        text += f"\n## {clean(title)}\n" * bool(pictures)
-        for data, caption in pictures:
-            name = f"picture-{len(images)}"
-            images[name] = data
-            text += f"\n![{clean(caption)}]({name})\n\n{clean(caption)}\n"
+def page(report: Report, figure_files: dict[str, bytes], run: str, pictures: list[tuple[bytes, str]]) -> str:
+    """``report.html``: the Markdown with CSS and pictures inside."""
+    text = markdown(report, list(figure_files)) + f"\n## Example predictions ({clean(run)})\n" * bool(pictures)
+    for i, (_, caption) in enumerate(pictures):
+        text += f"\n![{clean(caption)}](picture-{i})\n\n{clean(caption)}\n"
     body = MarkdownIt("js-default").render(text)
-    for name, data in images.items():
-        kind = "png" if data.startswith(b"\x89PNG") else "svg+xml" if data.startswith(b"<?xml") else "jpeg"
+    for name, data in {**figure_files, **{f"picture-{i}": data for i, (data, _) in enumerate(pictures)}}.items():
+        kind = "png" if data.startswith(b"\x89PNG") else "svg+xml"
         body = body.replace(f'src="{name}"', f'src="data:image/{kind};base64,{base64.b64encode(data).decode()}"')
-    runs = report.runs.assign(folder=report.runs.folder.map(shown)).rename(columns={"subset": "classes"})
-    runs = runs[["accuracy", "method", "dataset", "shots", "seed", "classes", "backbone", "folder"]]
-    frame = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    table = runs.to_html(index=False, border=0, float_format="{:.2f}".format)
-    return frame.replace(
-        "<!-- report -->", f"{body}<details><summary>All runs ({len(runs)})</summary>{table}</details>"
-    )
-
-
-# ------------------------------------------------------------------------------------------------- command line
-
-
-def write(folder: Path, files: dict[str, bytes]) -> None:
-    """Write files, each atomically, and remove the figures of an earlier report that are not among them."""
-    for name, data in files.items():
-        with replacing(str(folder / name)) as file:
-            file.write(data)
-    for old in folder.iterdir():
-        if re.fullmatch(rf"({'|'.join(TITLES)})(_\d+)?\.(png|svg)", old.name) and old.name not in files:
-            old.unlink()
+    return Path(__file__).with_suffix(".html").read_text(encoding="utf-8").replace("<!-- report -->", body)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -213,12 +141,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add("--partial", action="store_true", help="make the report even if runs are missing")
     add("--out", type=Path, default=ROOT / "output" / "report", help="folder to write to")
     add("--predictions", type=int, default=6, metavar="N", help="test images with the predictions of one run; 0: none")
-    add("--examples", type=Path, help="folder of PNG or JPEG pictures for the page, with captions.json or by file name")
     args = parser.parse_args(argv)
     if args.predictions < 0:
         parser.error(f"--predictions {args.predictions}: must not be negative")
     try:
-        examples = read_examples(args.examples) if args.examples else []
         report = make_report(args.runs, sorted(set(args.seeds)))
         for line in (*report.gaps, *report.notes):
             print(line, file=sys.stderr)
@@ -227,26 +153,28 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if report.gaps and not args.partial:
             print(f"incomplete ({len(report.gaps)} lines above): use --partial to report anyway", file=sys.stderr)
             return 1
-        predictions, run, reason = [], None, ""
-        if args.predictions:
-            predictions, run, reason = example_predictions(report.runs, args.predictions)
-        if reason:
-            print(f"no example predictions (--predictions): {reason}", file=sys.stderr)
-        drawn = figures(report.tables)
-        files = {f"{name}.{kind}": render(figure, kind) for name, figure in drawn for kind in ("png", "svg")}
+        files = {f"{name}.{kind}": render(f, kind) for name, f in figures(report.tables) for kind in ("png", "svg")}
         svgs = {name: data for name, data in files.items() if name.endswith("svg")}
-        about = f"{run.method}, {run.dataset}, {run.backbone}, seed {run.seed}" if run else ""
-        galleries = {f"Example predictions ({about})": predictions, "Example pictures": examples}
-        texts = {"runs.csv": report.runs.to_csv(index=False), "cells.csv": cells_csv(report)}
-        texts |= {"report.md": markdown(report, list(svgs)), "report.html": page(report, svgs, galleries)}
-        write(args.out, {**files, **{name: text.encode() for name, text in texts.items()}})
+        columns = ["table", "section", "row", "column", "mean", "std", "n", "seeds", "published", "difference"]
+        cells = pd.concat([table.cells.assign(table=table.title) for table in report.tables]).dropna(subset=["mean"])
+        texts = {
+            "runs.csv": report.runs.to_csv(index=False),
+            "cells.csv": cells.astype({"n": int})[columns].to_csv(index=False),
+            "report.md": markdown(report, list(svgs)),
+            "report.html": page(report, svgs, *example_predictions(report.runs, args.predictions)),
+        }
+        files.update((name, text.encode()) for name, text in texts.items())
+        for name, data in files.items():
+            with replacing(str(args.out / name)) as file:
+                file.write(data)
+        for old in args.out.iterdir():  # figures of an earlier report
+            if re.fullmatch(rf"({'|'.join(TITLES)})(_\d+)?\.(png|svg)", old.name) and old.name not in files:
+                old.unlink()
     except (UserError, OSError) as error:
         for line in error.args if isinstance(error, UserError) else [error]:
             print(f"error: {line}", file=sys.stderr)
         return 2
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(Markdown(markdown(report)))
-    print("\n".join(shown(args.out / name) for name in texts))
+    print(markdown(report), *(args.out / name for name in texts), sep="\n")
     return 0
 
 

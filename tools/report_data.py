@@ -104,24 +104,18 @@ IDENTITY = list(Run._fields[1:10])  # two runs that agree in these are the same 
 CELL = [name for name in Run._fields if name not in ("folder", "seed", "accuracy", "collapsed", "settings")]
 
 
-def shown(path: Any) -> str:
-    """A path relative to the current folder if it is below it."""
-    short = os.path.relpath(path)
-    return str(path) if short.startswith("..") else short
-
-
 def find_runs(roots: Sequence[Path]) -> list[Path]:
     """Folders of finished and unfinished runs below ``roots``, each once. Raises UserError."""
     found, seen = [], set()
     for root in roots:
         if not root.is_dir():
             raise UserError(f"{root}: no such folder")
-        for name, folders, files in os.walk(root.resolve(), followlinks=True):
-            folder = Path(name).resolve()
-            folders[:] = sorted(folders) if folder not in seen else []  # in it: named twice, or a link back
-            if folder not in seen and any(entry.startswith((NAME, *RUN_MARKS)) for entry in (*files, *folders)):
-                found.append(folder)
-            seen.add(folder)
+        for name, folders, files in os.walk(root, followlinks=True):
+            new = (real := os.path.realpath(name)) not in seen  # else named twice, or a link back
+            folders[:] = sorted(folders) if new else []
+            if new and any(entry.startswith((NAME, *RUN_MARKS)) for entry in (*files, *folders)):
+                found.append(Path(name))
+            seen.add(real)
     return found
 
 
@@ -136,7 +130,7 @@ def kind_and_scope(folder: Path, subset: str) -> tuple[str, str]:
 
 def read_run(folder: Path) -> Optional[Run]:
     """A finished run; None if it was not tested. Raises ValueError, KeyError, TypeError."""
-    settings: dict[str, Any] = {}
+    settings, folder = {}, folder.resolve()
     if (folder / "config.yaml").exists():
         text = (folder / "config.yaml").read_text(encoding="utf-8")
         fast = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml; it crashes on deeply nested text
@@ -170,45 +164,47 @@ def read_runs(roots: Sequence[Path], seeds: Sequence[int]) -> tuple[pd.DataFrame
         UserError: no such folder, or the same run in several folders.
     """
     folders = find_runs(roots)
-    gaps = [f"unfinished: {shown(folder)} has no {NAME}" for folder in folders if not (folder / NAME).exists()]
+    gaps = [f"unfinished: {folder} has no {NAME}" for folder in folders if not (folder / NAME).exists()]
     notes, found = [], []
     for folder in folders:
         try:
             run = read_run(folder) if (folder / NAME).exists() else None
         except (OSError, KeyError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
             why = f" has no {error}" if isinstance(error, KeyError) else f": {' '.join(str(error).split())}"
-            gaps.append(f"damaged: {shown(folder / NAME)}{why}")
+            gaps.append(f"damaged: {folder / NAME}{why}")
             continue
         if run is None:
-            notes += [f"left out: {shown(folder)} has no accuracy on test images"] * (folder / NAME).exists()
+            notes += [f"left out: {folder} has no accuracy on test images"] * (folder / NAME).exists()
         elif run.seed not in seeds and run.learned:
-            notes.append(f"left out: {shown(folder)} has seed {run.seed}, which is not among --seeds")
+            notes.append(f"left out: {folder} has seed {run.seed}, which is not among --seeds")
         else:
             found.append(run)
-            notes += [f"collapsed: the training of {shown(folder)}"] * run.collapsed
+            notes += [f"collapsed: the training of {folder}"] * run.collapsed
     runs = pd.DataFrame(found, columns=list(Run._fields))
-    same = [list(map(shown, group.folder)) for _, group in runs.groupby(IDENTITY, sort=False) if len(group) > 1]
+    same = [list(group.folder) for _, group in runs.groupby(IDENTITY, sort=False) if len(group) > 1]
     if same:
         raise UserError(*(f"the same run {len(f)} times: {', '.join(f)}; name the folder of one" for f in same))
     for _, group in runs.groupby(CELL, sort=False):
-        first = group.iloc[0]
-        for other, b in zip(group.folder, group.settings):
-            a = first.settings
-            keys = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
-            keys = [key for key in keys if not key.startswith(FREE_KEYS)]
+        first, a = group.folder.iloc[0], group.settings.iloc[0]
+        for folder, b in zip(group.folder, group.settings):
+            keys = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and not k.startswith(FREE_KEYS)]
             if a and b and keys:
                 what = ", ".join(f"{key} {b.get(key)}, not {a.get(key)}" for key in keys[:3])
-                gaps.append(f"mixed: {shown(other)} has {what} as {shown(first.folder)} has")
+                gaps.append(f"mixed: {folder} has {what} as {first} has")
     return runs.drop(columns="settings"), gaps, notes
 
 
 class Table(NamedTuple):
-    """Sections (data sets, or parts of Table 4) of rows (methods, or settings)."""
+    """Sections (data sets, or parts of Table 4) of rows (methods, or settings).
+
+    A line of ``cells`` is a section, row and column with mean, std, n, seeds, published, difference, best, and text and
+    versus as displayed.
+    """
 
     kind: str
     title: str
     heads: tuple[str, str]  # what sections and rows are
-    cells: pd.DataFrame  # of make_cells
+    cells: pd.DataFrame
     notes: list[str]
 
 
@@ -229,14 +225,14 @@ def make_report(roots: Sequence[Path], seeds: Sequence[int]) -> Report:
         order=report.runs.kind.map(list(TITLES).index),
         source=report.runs.scope.where(report.runs.kind != "ablation", ""),
         less=-report.runs.shots.where(report.runs.kind != "few_shot", 0),  # there they are the columns
+        shots_text=[f"{n} shot{'s' * (n != 1)}" for n in report.runs.shots],
     )
-    for (_, source, less), group in runs.groupby(["order", "source", "less"]):
+    for (order, *_), group in runs.groupby(["order", "source", "less"]):
         group = with_rows(group)
-        if group.kind.iloc[0] != "ablation":
-            report.tables.append(setting_table(group, source, -less, report))
+        if order < list(TITLES).index("ablation"):
+            report.tables.append(setting_table(group, report))
         else:
-            parts = group.groupby(["dataset", "row"])
-            report.tables.extend(ablation_table(part, report) for _, part in parts)
+            report.tables.extend(ablation_table(part, report) for _, part in group.groupby(["dataset", "row"]))
     return report
 
 
@@ -254,17 +250,13 @@ def with_rows(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.assign(row=runs.row.where(runs.groupby("method").row.transform("nunique") > 1, runs.method))
 
 
-def shots_text(n: int) -> str:
-    return "1 shot" if n == 1 else f"{n} shots"
-
-
-def setting_table(runs: pd.DataFrame, scope: str, shots: int, report: Report) -> Table:
-    """Methods by data sets, with their average on top; ``shots`` is 0 if they are the columns."""
-    kind = runs.kind.iloc[0]
-    title = TITLES[kind] + f" from {scope}" * bool(scope) + f", {shots_text(shots)}" * bool(shots)
-    all_shots = [shots_text(n) for n in sorted(runs.shots.unique())]
-    columns = {"base2new": ["base", "new"], "few_shot": all_shots}.get(kind, ["accuracy"])
-    column = {"base2new": runs.subset, "few_shot": runs.shots.map(shots_text)}.get(kind, "accuracy")
+def setting_table(runs: pd.DataFrame, report: Report) -> Table:
+    """Methods by data sets, with their average on top; the columns of few-shot runs are the numbers of shots."""
+    kind, scope, shots = runs.iloc[0][["kind", "scope", "shots_text"]]
+    title = TITLES[kind] + f" from {scope}" * bool(scope) + f", {shots}" * (kind != "few_shot")
+    columns = {"base2new": ["base", "new"], "few_shot": list(runs.sort_values("shots").shots_text.unique())}
+    columns = columns.get(kind, ["accuracy"])
+    column = {"base2new": runs.subset, "few_shot": runs.shots_text}.get(kind, "accuracy")
     values = runs.assign(section=runs.dataset, column=column)
     values = values.pivot(index=["section", "row", "seed"], columns="column", values="accuracy")
     values = values.reindex(columns=columns)
@@ -298,20 +290,18 @@ def setting_table(runs: pd.DataFrame, scope: str, shots: int, report: Report) ->
         notes.append(f"No comparison for {', '.join(others)}: the paper's backbone is {backbone}.")
     lines = list(product(members, rows))
     published = [
-        published_value(kind, info.method[row], members[section], column if shots else "accuracy")
-        if row in same and (shots_text(shots) if shots else column) == PAPER_SHOTS and scope in ("", "imagenet")
+        published_value(kind, info.method[row], members[section], column if kind == "base2new" else "accuracy")
+        if row in same and PAPER_SHOTS in (column, shots * (kind != "few_shot")) and scope in ("", "imagenet")
         else np.nan
         for (section, row), column in product(lines, values.columns)
     ]
-    cells = make_cells(values, lines, info.learned, report.seeds, published)
-    measured = cells[cells.section.isin(datasets) & (cells.column != "H")]
-    report.gaps.extend(missing_runs(measured, info.learned, title, report.seeds))
+    cells = make_cells(values, lines, info.learned, published, title, report)
     return Table(kind, title, ("data set", "method"), cells, notes)
 
 
 def ablation_table(runs: pd.DataFrame, report: Report) -> Table:
     """Parts of Table 4 and their settings, for one method, data set, config and number of shots."""
-    first, paper, shots = runs.iloc[0], PAPER["ablation"], shots_text(runs.shots.iloc[0])
+    first, paper = runs.iloc[0], PAPER["ablation"]
     spec = pd.DataFrame(SETTINGS, columns=["section", "row", "scope", "published"])
     if "4c_16" not in set(runs.scope) and not first.family.endswith("ctxv1"):
         spec = spec.replace({"scope": {"4c_16": "shipped"}})  # without initial words M is 16
@@ -319,47 +309,28 @@ def ablation_table(runs: pd.DataFrame, report: Report) -> Table:
     spec = pd.concat([spec, pd.DataFrame({"section": "others", "row": others, "scope": others})])
     values = spec.merge(runs[["scope", "seed", "accuracy"]]).set_index(["section", "row", "seed"])[["accuracy"]]
     where = first.row if first.row != first.method else f"{first.method} ({first.backbone})"
-    title = f"{TITLES['ablation']}, {where} on {first.dataset}, {shots}"
+    title = f"{TITLES['ablation']}, {where} on {first.dataset}, {first.shots_text}"
     lines, learned = list(zip(spec.section, spec.row)), pd.Series(True, spec.row.unique())
-    comparable = (first.method, first.dataset, shots) == ("LoGoPrompt", paper["dataset"], PAPER_SHOTS)
+    comparable = (first.method, first.dataset, first.shots_text) == ("LoGoPrompt", paper["dataset"], PAPER_SHOTS)
     comparable = comparable and same_backbone(first.backbone, paper["backbone"])
     note = f"No comparison: the paper's ablations are on ImageNet with RN50 and {PAPER_SHOTS}."
-    cells = make_cells(values, lines, learned, report.seeds, list(spec.published) if comparable else np.nan)
-    report.gaps.extend(missing_runs(cells, learned, title, report.seeds))
+    published = list(spec.published) if comparable else np.nan
+    cells = make_cells(values, lines, learned, published, title, report)
     return Table("ablation", title, ("part", "setting"), cells, [] if comparable else [note])
 
 
-def missing_runs(cells: pd.DataFrame, learned: pd.Series, title: str, seeds: Sequence[int]) -> list[str]:
-    """A message for all cells of a section and row that lack the same seeds; untrained rows need one run."""
-    messages: dict[tuple[str, str, str], list[str]] = defaultdict(list)
-    for section, row, column, have in zip(cells.section, cells.row, cells.column, cells.seeds.fillna("")):
-        lack = [str(seed) for seed in seeds if learned[row] and str(seed) not in have.split()]
-        if lack or not have:
-            messages[section, row, ", ".join(lack)].append(column)
-    return [
-        f"missing: {title.split(': ')[-1]}: {row} on {section}"
-        + f", {' and '.join(columns)}" * (len(columns) < cells.column.nunique())
-        + f" with seed {lack}" * bool(lack)
-        for (section, row, lack), columns in messages.items()
-    ]
-
-
-def make_cells(
-    values: pd.DataFrame, lines: Sequence[tuple[str, str]], learned: pd.Series, seeds: Sequence[int], published: Any
-) -> pd.DataFrame:
-    """A line for every (section, row) and column, in display order, those without runs too.
+def make_cells(values: pd.DataFrame, rows: list, learned: pd.Series, published: Any, title: str, report: Report):
+    """Table.cells of accuracies by (section, row, seed) and column; adds to the gaps what lacks seeds.
 
     Args:
-        values: accuracies by (section, row, seed) and column.
-
-    Returns:
-        section, row, column, mean, std, n, seeds, published, difference, best, and text and versus as displayed.
+        rows: (section, row) in display order, those without runs too.
+        learned: whether a row was trained; if not, one run is enough.
     """
     keys = ["section", "row", "column"]
     long = values.melt(ignore_index=False, var_name="column", value_name="value").dropna().reset_index()
     long = long.sort_values("seed", kind="stable").assign(text=long.seed.astype(str))
     stats = {"mean": ("value", "mean"), "std": ("value", "std"), "n": ("value", "size"), "seeds": ("text", " ".join)}
-    cells = long.groupby(keys).agg(**stats).reindex([(*line, column) for line in lines for column in values])
+    cells = long.groupby(keys).agg(**stats).reindex([(*line, column) for line in rows for column in values])
     cells = cells.rename_axis(index=keys)
     if "H" in values:  # of the means, not the mean of the seeds' H
         halves = values.dropna().groupby(level=["section", "row"]).mean()
@@ -369,12 +340,22 @@ def make_cells(
     rounded = cells["mean"].round(2)
     groups = rounded.groupby(level=["section", "column"])
     cells["best"] = (groups.transform("count") > 1) & (rounded == groups.transform("max"))
-    few = cells.index.get_level_values("row").map(learned).to_numpy(bool) & (cells.n < len(seeds))
+    few = cells.index.get_level_values("row").map(learned).to_numpy(bool) & (cells.n < len(report.seeds))
     difference = cells.difference.round(2) + 0.0  # never -0.00
     cells["text"] = text(cells["mean"], "{:.2f}") + text(cells["std"], " ± {:.2f}")
     cells["text"] += text(cells.n.where(few), " (n={:.0f})")
     cells["versus"] = text(cells.published, "{:.2f} ") + text(difference, "({:+.2f})").str.replace("-", "\u2212")
-    return cells.reset_index()
+    cells = cells.reset_index()
+    gaps: dict[tuple[str, str, str], list[str]] = defaultdict(list)  # section, row, seeds -> columns
+    for section, row, column, have in zip(cells.section, cells.row, cells.column, cells.seeds.fillna("")):
+        lack = [str(seed) for seed in report.seeds if learned[row] and str(seed) not in have.split()]
+        if (lack or not have) and column != "H" and not section.startswith("Average of "):
+            gaps[section, row, ", ".join(lack)].append(column)
+    for (section, row, lack), columns in gaps.items():
+        some = f", {' and '.join(columns)}" * (len(columns) < len(set(values) - {"H"}))
+        seeds = f" with seed {lack}" * bool(lack)
+        report.gaps.append(f"missing: {title.split(': ')[-1]}: {row} on {section}{some}{seeds}")
+    return cells
 
 
 def text(values: pd.Series, form: str) -> pd.Series:

@@ -6,9 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 
-import pandas as pd
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -40,8 +38,7 @@ def draw_table(table: Table, looks: dict[str, tuple[str, str]]) -> Figure:
         panel, label = "section", "column"
     elif table.kind == "ablation":
         panel, label, series = "section", "row", "column"
-    panels = dict(list(cells.groupby(panel, sort=False)))
-    names = list(cells[series].unique())
+    panels, names = dict(list(cells.groupby(panel, sort=False))), list(cells[series].unique())
     columns = min(len(panels), 4 if curves else 3 if len(panels) != 4 else 2)
     lines = math.ceil(len(panels) / columns)
     n_labels = max(part[label].nunique() for part in panels.values())
@@ -51,9 +48,13 @@ def draw_table(table: Table, looks: dict[str, tuple[str, str]]) -> Figure:
     for ax, (title, part) in zip(axes, panels.items()):
         labels = list(part[label].unique())
         for i, name in enumerate(names):
-            own = part[part[series] == name].set_index(label).reindex(labels)
+            own, (colour, marker) = part[part[series] == name].set_index(label).reindex(labels), looks.get(name, OURS)
             shift = 0 if curves else (i - (len(names) - 1) / 2) * 0.7 / len(names)  # the first on top
-            draw_series(ax, own, [place + shift for place in range(len(labels))], *looks.get(name, OURS), curves)
+            places, turn = [place + shift for place in range(len(labels))], 1 if curves else -1
+            bars = {"yerr" if curves else "xerr": own["std"].fillna(0), "ls": "-" if curves else "none"}
+            look = {"color": colour, "marker": marker}
+            ax.errorbar(*(places, own["mean"])[::turn], **bars, **look, ms=4, lw=1.4, elinewidth=1)
+            ax.plot(*(places, own.published)[::turn], **look, ms=7, mfc="none", ls="none")
         ax.set_title(title, fontsize=9.5)
         ax.grid(axis="y" if curves else "x", lw=0.6)
         if curves:
@@ -68,24 +69,13 @@ def draw_table(table: Table, looks: dict[str, tuple[str, str]]) -> Figure:
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
     entries = [("this report" if series == "column" else name, *looks.get(name, OURS)) for name in names]
-    handles = [Line2D([], [], color=c, marker=m, ls="none", ms=5, label=name) for name, c, m in entries]
+    entries = [(name, {"color": colour, "marker": marker, "ms": 5}) for name, colour, marker in entries]
     if cells.published.notna().any():
-        handles.append(Line2D([], [], color=GREY, marker="o", mfc="none", ls="none", ms=7, label="hollow: the paper"))
+        entries.append(("hollow: the paper", {"color": GREY, "marker": "o", "mfc": "none", "ms": 7}))
+    handles = [Line2D([], [], ls="none", label=name, **look) for name, look in entries]
     figure.suptitle(table.title, fontsize=11)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 2 * columns), frameon=False)
     return figure
-
-
-def draw_series(ax: Axes, cells: pd.DataFrame, places: Sequence[float], colour: str, marker: str, curve: bool) -> None:
-    style = {"color": colour, "marker": marker, "ms": 4, "lw": 1.4, "elinewidth": 1}
-    hollow = {"color": colour, "marker": marker, "ms": 7, "mfc": "none", "ls": "none"}
-    means, std = cells["mean"], cells["std"].fillna(0)
-    if curve:
-        ax.errorbar(places, means, yerr=std, **style)
-        ax.plot(places, cells.published, **hollow)
-    else:
-        ax.errorbar(means, places, xerr=std, **{**style, "ls": "none"})
-        ax.plot(cells.published, places, **hollow)
 
 
 def render(figure: Figure, kind: str) -> bytes:
