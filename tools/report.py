@@ -6,9 +6,8 @@
 Every folder is searched for ``results.json``. The tables are printed and written to ``report.html`` (self-contained),
 ``report.md`` and ``cells.csv`` (full precision), the runs to ``runs.csv``, each figure to a PNG and an SVG.
 
-Cells are mean ± standard deviation (of the sample, n - 1) over seeds. Exit status: 0; 1 if runs are missing,
-unfinished, damaged or mixed (one line each; nothing is written without --partial); 2 for a mistake in the call, among
-them the same run in two folders.
+Exit status: 0; 1 if runs are missing, unfinished, damaged or mixed (one line each; nothing is written without
+--partial); 2 for a mistake in the call, among them the same run in two folders.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import math
 import os
 import re
 import sys
@@ -25,16 +25,19 @@ from typing import Optional
 
 import pandas as pd
 from markdown_it import MarkdownIt
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from tabulate import tabulate
 from tqdm import tqdm
 
 from report_data import NAME, TITLES, Report, Table, UserError, make_report, replacing
-from report_figures import figures, render
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS_TRIED = 4  # runs tried for example predictions
-IMAGES_TRIED = 3  # images predicted for each that is shown
+OURS = ("#d1495b", "o")  # LoGoPrompt
+PALETTE = ("#4c86c6", "#2a9d8f", "#9b6bc2", "#c98a1b", "#7a8f3a", "#c2679b", "#5b6f9e", "#a0705a", "#3b9ab2", "#8a94a0")
+MARKERS = "s^DvP<X>*"
+GREY = "#8a94a0"
+STYLE = {"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False, "grid.color": GREY, "grid.alpha": 0.25}
 
 
 def clean(text: str) -> str:
@@ -46,15 +49,14 @@ def table_text(table: Table) -> str:
     """A table in Markdown, with the published value and the difference next to each column that has them."""
     cells = table.cells.assign(text=table.cells.text.where(~table.cells.best, "**" + table.cells.text + "**"))
     lines = cells[["section", "row"]].drop_duplicates()
-    columns = {table.heads[0]: lines.section.where(lines.section != lines.section.shift(), "").map(clean)}
-    columns[table.heads[1]] = lines.row.map(clean)
-    heads, columns = list(columns), list(columns.values())
+    sections = lines.section.where(lines.section != lines.section.shift(), "")
+    columns = list(zip(table.heads, (sections.map(clean), lines.row.map(clean))))
     for name, part in cells.groupby("column", sort=False):
-        heads, columns = [*heads, name], [*columns, part.text.replace("", "–")]
-        if part.published.notna().any():
-            heads, columns = [*heads, "paper"], [*columns, part.versus]
+        columns += [(name, part.text.replace("", "–"))]
+        columns += [("paper", part.versus)] * bool(part.published.notna().any())
+    heads, content = zip(*columns)
     align = ["left", "left", *["right"] * (len(heads) - 2)]
-    return tabulate(list(zip(*columns)), heads, tablefmt="pipe", disable_numparse=True, colalign=align)
+    return tabulate(list(zip(*content)), heads, tablefmt="pipe", disable_numparse=True, colalign=align)
 
 
 def markdown(report: Report, figure_files: Sequence[str] = ()) -> str:
@@ -70,11 +72,72 @@ def markdown(report: Report, figure_files: Sequence[str] = ()) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
+def figures(tables: Sequence[Table]) -> list[tuple[str, Figure]]:
+    """(file name without suffix, figure) of every table; a row has the same colour and marker in all of them."""
+    rows = dict.fromkeys(row for table in tables if table.kind != "ablation" for row in table.cells.row)
+    others = [row for row in rows if row != "LoGoPrompt"]
+    looks = {row: (PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]) for i, row in enumerate(others)}
+    kinds = [table.kind for table in tables]
+    names = [kind if (n := kinds[:i].count(kind)) == 0 else f"{kind}_{n + 1}" for i, kind in enumerate(kinds)]
+    with rc_context(STYLE):
+        return [(name, draw_table(table, looks)) for name, table in zip(names, tables)]
+
+
+def draw_table(table: Table, looks: dict[str, tuple[str, str]]) -> Figure:
+    """Means with deviations and, hollow, the paper's numbers: curves over shots if there are several, else dots."""
+    cells, curves = table.cells, table.kind == "few_shot" and table.cells.column.nunique() > 1
+    panel, label, series = ("section", "column", "row") if curves else ("column", "section", "row")
+    if table.kind == "ablation":
+        panel, label, series = "section", "row", "column"
+    panels, names = dict(list(cells.groupby(panel, sort=False))), list(cells[series].unique())
+    columns = min(len(panels), 4 if curves else 3 if len(panels) != 4 else 2)
+    lines = math.ceil(len(panels) / columns)
+    n_labels = max(part[label].nunique() for part in panels.values())
+    width, height = (3.3, 2.6) if curves else (3.7, 0.9 + n_labels * max(0.28, 0.1 * len(names) + 0.1))
+    figure = Figure(figsize=(width * columns, height * lines + 0.7), layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False, sharex=not curves, sharey=panel == "column").flat)
+    for ax, (title, part) in zip(axes, panels.items()):
+        labels = list(part[label].unique())
+        for i, name in enumerate(names):
+            own, (colour, marker) = part[part[series] == name].set_index(label).reindex(labels), looks.get(name, OURS)
+            shift = 0 if curves else (i - (len(names) - 1) / 2) * 0.7 / len(names)  # the first on top
+            places, turn = [place + shift for place in range(len(labels))], 1 if curves else -1
+            bars = {"yerr" if curves else "xerr": own["std"].fillna(0), "ls": "-" if curves else "none"}
+            look = {"color": colour, "marker": marker}
+            ax.errorbar(*(places, own["mean"])[::turn], **bars, **look, ms=4, lw=1.4, elinewidth=1, label=name)
+            if own.published.notna().any():
+                points = (places, own.published)[::turn]
+                ax.plot(*points, **look, ms=7, mfc="none", ls="none", label="hollow: the paper")
+        ax.set_title(title, fontsize=9.5)
+        ax.grid(axis="y" if curves else "x", lw=0.6)
+        if curves:
+            ax.set_xticks(range(len(labels)), [text.split()[0] for text in labels])
+            ax.set_xlabel("shots")
+        else:
+            ax.set_yticks(range(len(labels)), labels)
+            ax.set(ylim=(len(labels) - 0.5, -0.5), xlabel="accuracy (%)")
+            ax.tick_params(labelbottom=True)
+    for ax in axes[len(panels) :]:
+        ax.set_visible(False)
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    figure.suptitle(table.title, fontsize=11)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 * columns, frameon=False)
+    return figure
+
+
+def render(figure: Figure, kind: str) -> bytes:
+    """A figure as a file of this kind; the same bytes every time."""
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": figure.get_suptitle()}):
+        figure.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {})
+    return buffer.getvalue()
+
+
 def example_predictions(runs: pd.DataFrame, n: int) -> tuple[str, list[tuple[bytes, str]]]:
     """The first run that can be loaded, LoGoPrompt's before others', and pictures with captions of its predictions."""
     runs = runs.assign(other=~runs.method.str.startswith("LoGoPrompt")).sort_values(["other", "seed"], kind="stable")
     reasons = []
-    for run in runs.drop_duplicates(["method", "dataset", "backbone"]).head(MODELS_TRIED if n else 0).itertuples():
+    for run in runs.drop_duplicates(["method", "dataset", "backbone"]).head(4 if n else 0).itertuples():
         try:
             return f"{run.method}, {run.dataset}, {run.backbone}, seed {run.seed}", predict(run.folder, n)
         except Exception as error:  # noqa: BLE001 (the report does without, whatever the reason)
@@ -95,11 +158,10 @@ def predict(folder: str, n: int) -> list[tuple[bytes, str]]:
     classnames, items = survey(cfg)
     test = pd.DataFrame(items, columns=["path", "label"])
     test["turn"] = test.groupby("label").cumcount()  # one image of every class, then a second one
-    test = test.sample(frac=1, random_state=0).sort_values("turn", kind="stable").head(IMAGES_TRIED * n)
+    test = test.sample(frac=1, random_state=0).sort_values("turn", kind="stable").head(3 * n)
     truth = {path: classnames[label] for path, label in zip(test.path, test.label)}
-    missing = next((path for path in truth if not os.path.isfile(path)), None)
-    if missing:  # before weights are read
-        raise FileNotFoundError(f"{missing}: no such file")
+    for path in truth:  # before weights are read
+        os.stat(path)
     name = cfg.MODEL.BACKBONE.NAME
     if name in OPENAI_MODELS and not list(Path(CACHE).expanduser().glob(f"{OPENAI_MODELS[name][0]}[.p]*")):
         raise FileNotFoundError(f"the weights of {name} are not in {CACHE}")
@@ -132,9 +194,8 @@ def page(report: Report, figure_files: dict[str, bytes], run: str, pictures: lis
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[-1],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help=f"folders searched for {NAME}")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds that every cell must have")

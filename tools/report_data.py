@@ -45,14 +45,13 @@ PAPER = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(enco
 PUBLISHED = {  # kind -> data sets and "average" by (method, column)
     kind: pd.DataFrame(
         {dataset: list(map(float, line.split())) for dataset, line in table["rows"].items()},
-        pd.MultiIndex.from_product([table["methods"], table["columns"]]),
+        pd.MultiIndex.from_product([table["methods"], table.get("columns", ["accuracy"])]),
     ).T
     for kind, table in PAPER.items()
     if "rows" in table
 }
-SETTINGS = [  # of Table 4: part, setting, its folder by scripts/logo/ablation.sh, printed value
-    (part, name, *value) for part, rows in PAPER["ablation"]["parts"].items() for name, value in rows.items()
-]
+# Of Table 4: part, setting, its folder by scripts/logo/ablation.sh, printed value.
+SETTINGS = [(part, row, *rest) for part, rows in PAPER["ablation"].items() for row, rest in rows.items()]
 METHODS = dict.fromkeys(method for table in PUBLISHED.values() for method, _ in table.columns)
 DATASETS = dict.fromkeys(name for table in PUBLISHED.values() for name in table.index.drop("average"))
 PLACES = {name: i for i, name in enumerate([*METHODS, *DATASETS])}  # the paper's order
@@ -68,8 +67,7 @@ def same_backbone(name: str, paper: str) -> bool:
 def published_value(kind: str, method: str, datasets: Sequence[str], column: str) -> float:
     """What the paper prints for a trainer on one data set or as the average of several; NaN where it prints nothing.
 
-    The average is the printed one if it covers exactly these data sets, else that of the values printed for them; H of
-    an average is always computed from the averages of base and new.
+    If the printed average is of other data sets, it is computed; H of an average is always that of averages.
     """
     table = PUBLISHED.get(kind, pd.DataFrame()).get(method)  # data sets by columns
     if table is None:
@@ -100,8 +98,8 @@ class Run(NamedTuple):
     settings: dict  # config.yaml by dotted key, empty without that file
 
 
+INDEX = ["section", "row", "seed"]
 IDENTITY = list(Run._fields[1:10])  # two runs that agree in these are the same run
-CELL = [name for name in Run._fields if name not in ("folder", "seed", "accuracy", "collapsed", "settings")]
 
 
 def find_runs(roots: Sequence[Path]) -> list[Path]:
@@ -158,11 +156,7 @@ def read_run(folder: Path) -> Optional[Run]:
 
 
 def read_runs(roots: Sequence[Path], seeds: Sequence[int]) -> tuple[pd.DataFrame, list[str], list[str]]:
-    """All runs below ``roots``, a row each; problems that make the report incomplete; notes.
-
-    Raises:
-        UserError: no such folder, or the same run in several folders.
-    """
+    """Runs, a row each; what makes the report incomplete; notes. UserError for a missing folder or a run in two."""
     folders = find_runs(roots)
     gaps = [f"unfinished: {folder} has no {NAME}" for folder in folders if not (folder / NAME).exists()]
     notes, found = [], []
@@ -184,7 +178,7 @@ def read_runs(roots: Sequence[Path], seeds: Sequence[int]) -> tuple[pd.DataFrame
     same = [list(group.folder) for _, group in runs.groupby(IDENTITY, sort=False) if len(group) > 1]
     if same:
         raise UserError(*(f"the same run {len(f)} times: {', '.join(f)}; name the folder of one" for f in same))
-    for _, group in runs.groupby(CELL, sort=False):
+    for _, group in runs.groupby([name for name in IDENTITY if name != "seed"], sort=False):
         first, a = group.folder.iloc[0], group.settings.iloc[0]
         for folder, b in zip(group.folder, group.settings):
             keys = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and not k.startswith(FREE_KEYS)]
@@ -195,16 +189,12 @@ def read_runs(roots: Sequence[Path], seeds: Sequence[int]) -> tuple[pd.DataFrame
 
 
 class Table(NamedTuple):
-    """Sections (data sets, or parts of Table 4) of rows (methods, or settings).
-
-    A line of ``cells`` is a section, row and column with mean, std, n, seeds, published, difference, best, and text and
-    versus as displayed.
-    """
+    """Sections (data sets, or parts of Table 4) of rows (methods, or settings)."""
 
     kind: str
     title: str
     heads: tuple[str, str]  # what sections and rows are
-    cells: pd.DataFrame
+    cells: pd.DataFrame  # section, row, column, mean, std, n, seeds, published, difference, best, text, versus
     notes: list[str]
 
 
@@ -227,6 +217,8 @@ def make_report(roots: Sequence[Path], seeds: Sequence[int]) -> Report:
         less=-report.runs.shots.where(report.runs.kind != "few_shot", 0),  # there they are the columns
         shots_text=[f"{n} shot{'s' * (n != 1)}" for n in report.runs.shots],
     )
+    runs["column"] = runs.shots_text.where(runs.kind == "few_shot", "accuracy")
+    runs["column"] = runs.subset.where(runs.kind == "base2new", runs.column)
     for (order, *_), group in runs.groupby(["order", "source", "less"]):
         group = with_rows(group)
         if order < list(TITLES).index("ablation"):
@@ -239,8 +231,7 @@ def make_report(roots: Sequence[Path], seeds: Sequence[int]) -> Report:
 def with_rows(runs: pd.DataFrame) -> pd.DataFrame:
     """Add ``row``: the method, with config and backbone if there are several of them.
 
-    Configs that differ in epochs alone (``_ep50``) are one row, as CoOp's schedule depends on shots and data set,
-    unless a data set has several of them.
+    Configs that differ in epochs alone (``_ep50``, CoOp's schedule) are one row unless a data set has several of them.
     """
     runs = runs.assign(family=runs.config.str.replace(r"_ep\d+", "", regex=True))
     keys = ["method", "backbone", "family"]
@@ -254,19 +245,15 @@ def setting_table(runs: pd.DataFrame, report: Report) -> Table:
     """Methods by data sets, with their average on top; the columns of few-shot runs are the numbers of shots."""
     kind, scope, shots = runs.iloc[0][["kind", "scope", "shots_text"]]
     title = TITLES[kind] + f" from {scope}" * bool(scope) + f", {shots}" * (kind != "few_shot")
-    columns = {"base2new": ["base", "new"], "few_shot": list(runs.sort_values("shots").shots_text.unique())}
-    columns = columns.get(kind, ["accuracy"])
-    column = {"base2new": runs.subset, "few_shot": runs.shots_text}.get(kind, "accuracy")
-    values = runs.assign(section=runs.dataset, column=column)
-    values = values.pivot(index=["section", "row", "seed"], columns="column", values="accuracy")
+    columns = ["base", "new"] if kind == "base2new" else runs.sort_values("shots").column.unique()
+    values = runs.assign(section=runs.dataset).pivot(index=INDEX, columns="column", values="accuracy")
     values = values.reindex(columns=columns)
     info = runs.groupby("row").agg({"method": "first", "backbone": "first", "learned": "any"})
     if kind == "few_shot":  # an untrained method has the same accuracy with all shots
         untrained = ~values.index.get_level_values("row").map(info.learned).to_numpy(bool)
         values[untrained] = values[untrained].ffill(axis=1).bfill(axis=1)
 
-    # Methods in the paper's order, then others, then LoGoPrompt; the source of a transfer, whose runs are in the folder
-    # of its name, before other data sets.
+    # Methods in the paper's order, then others, then LoGoPrompt; the source of a transfer before other data sets.
     last = len(PLACES)
     rows = sorted(info.index, key=lambda r: (r.startswith("LoGoPrompt"), PLACES.get(info.method[r], last), r))
     source = set(runs.dataset[runs.folder.str.contains(f"/from_{scope}/{scope}/", regex=False)] if scope else ())
@@ -283,7 +270,7 @@ def setting_table(runs: pd.DataFrame, report: Report) -> Table:
     if kind == "base2new":
         values["H"] = H(values.base, values.new)
 
-    backbone, notes = PAPER.get(kind, {}).get("backbone", ""), list(filter(None, [ABOUT.get(kind)]))
+    backbone, notes = PAPER.get(kind, {}).get("backbone", ""), [ABOUT[kind]] if kind in ABOUT else []
     same = {row for row in rows if same_backbone(info.backbone[row], backbone)}
     others = sorted(set(info.backbone.drop(same)))
     if backbone and others:
@@ -301,18 +288,18 @@ def setting_table(runs: pd.DataFrame, report: Report) -> Table:
 
 def ablation_table(runs: pd.DataFrame, report: Report) -> Table:
     """Parts of Table 4 and their settings, for one method, data set, config and number of shots."""
-    first, paper = runs.iloc[0], PAPER["ablation"]
+    first = runs.iloc[0]
     spec = pd.DataFrame(SETTINGS, columns=["section", "row", "scope", "published"])
     if "4c_16" not in set(runs.scope) and not first.family.endswith("ctxv1"):
         spec = spec.replace({"scope": {"4c_16": "shipped"}})  # without initial words M is 16
     others = sorted(set(runs.scope) - set(spec.scope))
     spec = pd.concat([spec, pd.DataFrame({"section": "others", "row": others, "scope": others})])
-    values = spec.merge(runs[["scope", "seed", "accuracy"]]).set_index(["section", "row", "seed"])[["accuracy"]]
+    values = spec.merge(runs[["scope", "seed", "accuracy"]]).set_index(INDEX)[["accuracy"]]
     where = first.row if first.row != first.method else f"{first.method} ({first.backbone})"
     title = f"{TITLES['ablation']}, {where} on {first.dataset}, {first.shots_text}"
     lines, learned = list(zip(spec.section, spec.row)), pd.Series(True, spec.row.unique())
-    comparable = (first.method, first.dataset, first.shots_text) == ("LoGoPrompt", paper["dataset"], PAPER_SHOTS)
-    comparable = comparable and same_backbone(first.backbone, paper["backbone"])
+    comparable = (first.method, first.dataset, first.shots_text) == ("LoGoPrompt", "ImageNet", PAPER_SHOTS)
+    comparable = comparable and same_backbone(first.backbone, "RN50")
     note = f"No comparison: the paper's ablations are on ImageNet with RN50 and {PAPER_SHOTS}."
     published = list(spec.published) if comparable else np.nan
     cells = make_cells(values, lines, learned, published, title, report)
@@ -320,11 +307,9 @@ def ablation_table(runs: pd.DataFrame, report: Report) -> Table:
 
 
 def make_cells(values: pd.DataFrame, rows: list, learned: pd.Series, published: Any, title: str, report: Report):
-    """Table.cells of accuracies by (section, row, seed) and column; adds to the gaps what lacks seeds.
+    """``Table.cells`` of accuracies by (section, row, seed) and column; adds to the gaps what lacks seeds.
 
-    Args:
-        rows: (section, row) in display order, those without runs too.
-        learned: whether a row was trained; if not, one run is enough.
+    ``rows`` lists (section, row) in display order, with or without runs; one that is not ``learned`` needs one seed.
     """
     keys = ["section", "row", "column"]
     long = values.melt(ignore_index=False, var_name="column", value_name="value").dropna().reset_index()
