@@ -27,8 +27,7 @@ SETTINGS = {
     "workers": ("LoGoPrompt", METHOD + "TUNE_VISUAL", True, METHOD + "TEXT_PROMPT", "generic",
                 "TEST.FINAL_MODEL", "best_val", "DATALOADER.NUM_WORKERS", 2),
     "coop": ("CoOp", "TRAINER.COOP.CSC", True, "TEST.FINAL_MODEL", "best_val", "TEST.FEATURES", "kept.sqlite",
-             "DATALOADER.TRAIN_X.SAMPLER", "RandomClassSampler", "DATALOADER.TRAIN_X.N_INS", 3,
-             "INPUT.TRANSFORMS", ["random_translation", "random_flip", "cutout", "normalize"]),
+             "INPUT.TRANSFORMS", ["random_crop", "random_flip", "randomgrayscale", "normalize"]),
 }  # fmt: skip
 EPOCHS = 5
 KILLS = {"stages": 6, "bank": 6, "workers": 2, "coop": 6}  # workers take their time to start
