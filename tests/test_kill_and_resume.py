@@ -26,8 +26,7 @@ SETTINGS = {
     "workers": ("LoGoPrompt", METHOD + "TUNE_VISUAL", True, METHOD + "TEXT_PROMPT", "generic",
                 "DATALOADER.NUM_WORKERS", 2),
     "coop": ("CoOp", "TRAINER.COOP.CSC", True, "TEST.FINAL_MODEL", "best_val", "TEST.FEATURES", "STORE",
-             "DATALOADER.TRAIN_X.SAMPLER", "RandomClassSampler", "DATALOADER.TRAIN_X.N_INS", 3,
-             "INPUT.TRANSFORMS", ["random_translation", "random_flip", "cutout", "normalize"]),
+             "INPUT.TRANSFORMS", ["random_crop", "random_flip", "randomgrayscale", "normalize"]),
 }  # fmt: skip
 EPOCHS = 5
 KILLS = {"stages": 2, "views": 2, "workers": 1, "coop": 2}  # pairs of moments, workers are slow to start

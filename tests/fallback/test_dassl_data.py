@@ -1,5 +1,4 @@
 import random
-from itertools import product
 
 import numpy as np
 import pytest
@@ -56,36 +55,11 @@ def test_fewshot_draws(shots, repeat, capsys):
 
 def test_samplers():
     data = items([4] * 5 + [9] * 2 + [2] * 8)
-    members = {4: [0, 1, 2, 3, 4], 9: [5, 6], 2: [7, 8, 9, 10, 11, 12, 13, 14]}
-
-    def naive_epoch():
-        chunks = {}
-        for label, own in members.items():
-            own = list(own) if len(own) >= 3 else [int(i) for i in np.random.choice(own, size=3, replace=True)]
-            random.shuffle(own)
-            chunks[label] = [own[at : at + 3] for at in range(0, len(own), 3) if len(own[at : at + 3]) == 3]
-        left, epoch = [4, 9, 2], []
-        while len(left) >= 2:
-            for label in random.sample(left, 2):
-                epoch.extend(chunks[label].pop(0))
-                left = [other for other in left if chunks[other]]
-        return epoch
-
-    random.seed(1)
-    np.random.seed(1)
-    expected = [naive_epoch() for _ in range(3)]
-    random.seed(1)
-    np.random.seed(1)
-    sampler = build_sampler("RandomClassSampler", None, data, batch_size=6, n_ins=3)
-    assert len(sampler) == len(expected[0]) and [list(sampler), list(sampler)] == expected[1:]
-    with pytest.raises(ValueError, match="N_INS"):
-        build_sampler("RandomClassSampler", None, data, batch_size=2, n_ins=3)
-
     assert list(build_sampler("SequentialSampler", None, data)) == list(range(15))
     sampler = build_sampler("RandomSampler", None, data)
     assert sorted(sampler) == list(range(15)) and list(sampler) != list(sampler)
-    with pytest.raises(ValueError, match="RandomClassSampler"):
-        build_sampler("Shuffled", None, data)
+    with pytest.raises(ValueError, match="RandomClassSampler: choose one of RandomSampler"):
+        build_sampler("RandomClassSampler", None, data)
 
 
 @pytest.mark.parametrize("size,batches", [(4, [4]), (5, [5]), (6, [5]), (10, [5, 5]), (14, [5, 5])])
@@ -99,9 +73,6 @@ def test_train_loader_drops_an_incomplete_batch_unless_it_is_the_only_one(tmp_pa
 
 def test_loader_without_a_batch_is_refused(tmp_path):
     cfg = toy_cfg(tmp_path)
-    data = read_split(cfg.DATASET.ROOT, "train")[:7]  # labels 0, 0, 0, 0, 1, 1, 1
-    with pytest.raises(ValueError, match="^the 7 images of the train_x split make no batch of 9 with RandomClassSamp"):
-        build_data_loader(cfg, "RandomClassSampler", data, batch_size=9, n_ins=3, split="train_x")
     for path in (tmp_path / "images" / "test").iterdir():
         path.unlink()
     with pytest.raises(ValueError, match="^the 0 images of the test split"):
@@ -200,14 +171,14 @@ def test_test_transform_has_no_augmentation():
 
 def test_log_lines(capsys):
     build_transform(config("random_flip", "random_resized_crop", "normalize"))
-    build_transform(config("normalize"), choices=["cutout"])
+    build_transform(config("normalize"), choices=["randomgrayscale"])
     to_tensor = "+ to torch tensor of range [0, 1]"
     crop, flip = "+ random resized crop (size=(24, 32), scale=(0.08, 1.0))", "+ random flip"
     normalize = "+ normalization (mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])"
-    cutout = ["Building transform_train", "+ resize to 24x32", to_tensor, "+ cutout (n_holes=1, length=16)"]
+    grey = ["Building transform_train", "+ resize to 24x32", "+ random gray scale", to_tensor]
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["Building transform_train", crop, flip, to_tensor, normalize, *cutout]
-    build_transform(config("cutout"), is_train=False)
+    assert lines == ["Building transform_train", crop, flip, to_tensor, normalize, *grey]
+    build_transform(config("randomgrayscale"), is_train=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["Building transform_test", "+ resize the smaller edge to 32", "+ 24x32 center crop", to_tensor]
 
@@ -218,30 +189,3 @@ def test_no_transform_and_unknown_names(capsys):
     assert build_transform(cfg) is None and capsys.readouterr().out == "Note: no transform is applied!\n"
     with pytest.raises(ValueError, match=r"^\[randaugment\] is not one of"):
         build_transform(config("randaugment"))
-
-
-def test_cutout_by_hand():
-    cfg = config("cutout")
-    cfg.INPUT.CUTOUT_N, cfg.INPUT.CUTOUT_LEN = 3, 8
-    results = seeded(build_transform(cfg))
-    np.random.seed(2)
-    for result in results:
-        expected = T.ToTensor()(T.Resize(SIZE, BICUBIC)(IMAGE))
-        for _ in range(3):
-            y, x = np.random.randint(24), np.random.randint(32)
-            for row, column in product(range(max(y - 4, 0), min(y + 4, 24)), range(max(x - 4, 0), min(x + 4, 32))):
-                expected[:, row, column] = 0
-        assert torch.equal(result, expected)
-
-
-def test_translation_by_hand():
-    results = seeded(build_transform(config("random_translation")))
-    resized = IMAGE.resize((32, 24), Image.BICUBIC)
-    random.seed(2)
-    for result in results:
-        expected = resized
-        if random.uniform(0, 1) <= 0.5:
-            left, top = round(random.uniform(0, 36 - 32)), round(random.uniform(0, 27 - 24))
-            expected = resized.resize((36, 27), Image.BILINEAR).crop((left, top, left + 32, top + 24))
-        assert torch.equal(result, T.ToTensor()(expected))
-    assert len(results.unique(dim=0)) > 1

@@ -1,6 +1,7 @@
 """Loaders for the splits of a data set."""
 
 import torch
+from tabulate import tabulate
 from torch.utils.data import DataLoader, Dataset
 
 from ..utils import read_image
@@ -19,17 +20,9 @@ class _SteadyLoader(DataLoader):
 
 
 def build_data_loader(
-    cfg,
-    sampler_type="SequentialSampler",
-    data_source=None,
-    batch_size=64,
-    n_domain=0,
-    n_ins=2,
-    tfm=None,
-    is_train=True,
-    dataset_wrapper=None,
-    split="data",
-) -> DataLoader:
+    cfg, sampler_type="SequentialSampler", data_source=None, batch_size=64, n_domain=0, n_ins=2, tfm=None,
+    is_train=True, dataset_wrapper=None, split="data",
+) -> DataLoader:  # fmt: skip
     """Build a loader; in training it drops the last, incomplete batch unless that is the only one."""
     workers, size = cfg.DATALOADER.NUM_WORKERS, len(data_source)
     loader = _SteadyLoader(
@@ -55,10 +48,9 @@ class DataManager:
         self.num_source_domains = len(cfg.DATASET.SOURCE_DOMAINS)
         transforms = {True: custom_tfm_train, False: custom_tfm_test}
         for is_train, custom in transforms.items():
-            if custom is None:
-                transforms[is_train] = build_transform(cfg, is_train=is_train)
-            else:
+            if custom is not None:
                 print(f"* Using custom transform for {'training' if is_train else 'testing'}")
+            transforms[is_train] = build_transform(cfg, is_train=is_train) if custom is None else custom
 
         def loader(split, node):
             items, is_train, n_ins = getattr(dataset, split), split.startswith("train"), node.get("N_INS", 2)
@@ -80,10 +72,8 @@ class DataManager:
         rows = {"Dataset": node.NAME, "Source": node.SOURCE_DOMAINS, "Target": node.TARGET_DOMAINS}
         rows["# classes"] = self.num_classes
         rows.update({f"# {split}": len(getattr(data, split) or ()) for split in ("train_x", "train_u", "val", "test")})
-        rows = {key: f"{value:,}" if isinstance(value, int) else str(value) for key, value in rows.items() if value}
-        width = max(map(len, rows))
-        rule = f"{'-' * width}  {'-' * max(map(len, rows.values()))}"
-        print("\n".join([rule, *(f"{key:<{width}}  {value}" for key, value in rows.items()), rule]))
+        rows = [(key, f"{value:,}" if isinstance(value, int) else str(value)) for key, value in rows.items() if value]
+        print(tabulate(rows, disable_numparse=True))
 
 
 class DatasetWrapper(Dataset):
@@ -102,10 +92,9 @@ class DatasetWrapper(Dataset):
         datum = self.data_source[idx]
         image = read_image(datum.impath)
         item = {"label": datum.label, "domain": datum.domain, "impath": datum.impath, "index": idx, "img": image}
-        if self.transform is not None:
-            several = self.transform if isinstance(self.transform, (list, tuple)) else [self.transform]
-            for number, tfm in enumerate(several, start=1):
-                item[f"img{number}" if number > 1 else "img"] = self._transform_image(tfm, image)
+        several = self.transform if isinstance(self.transform, (list, tuple)) else [self.transform]
+        for number, tfm in enumerate(several, start=1):
+            item[f"img{number}" if number > 1 else "img"] = image if tfm is None else self._transform_image(tfm, image)
         return item
 
     def _transform_image(self, tfm, img0):

@@ -1,3 +1,2 @@
-"""Trainers."""
-
-from .trainer import TRAINER_REGISTRY, SimpleTrainer, TrainerBase, TrainerX, build_trainer  # noqa: F401
+from .build import TRAINER_REGISTRY, build_trainer  # noqa: F401
+from .trainer import SimpleTrainer, TrainerBase, TrainerX  # noqa: F401

@@ -1,4 +1,4 @@
-"""The training loop, and the registry of trainers."""
+"""The training loop."""
 
 import os.path as osp
 import time
@@ -9,26 +9,16 @@ from tqdm import tqdm
 
 from ..data import DataManager
 from ..evaluation import build_evaluator
-from ..utils import AverageMeter, MetricMeter, Registry, load_checkpoint, resume_from_checkpoint, save_checkpoint
+from ..utils import AverageMeter, MetricMeter, load_checkpoint, resume_from_checkpoint, save_checkpoint
 
-TRAINER_REGISTRY = Registry("TRAINER")
 _BEST = "model-best.pth.tar"
 
 
-def build_trainer(cfg):
-    """Build the trainer cfg.TRAINER.NAME."""
-    return TRAINER_REGISTRY.build(cfg.TRAINER.NAME, cfg)
-
-
 class TrainerX:
-    """A trainer on labelled images; subclasses define ``build_model`` and ``forward_backward``.
-
-    ``forward_backward`` returns the numbers to log and calls ``update_lr`` after the last batch of an epoch.
-    """
+    """Subclasses define build_model, and forward_backward, which returns what to log and calls update_lr at the end."""
 
     def __init__(self, cfg) -> None:
-        self._models, self._optims, self._scheds = {}, {}, {}
-        self._writer = None
+        self._models, self._optims, self._scheds, self._writer = {}, {}, {}, None
         self.check_cfg(cfg)
         self.cfg = cfg
         self.device = torch.device("cuda" if cfg.USE_CUDA and torch.cuda.is_available() else "cpu")
@@ -77,27 +67,21 @@ class TrainerX:
     def save_model(self, epoch: int, directory: str, is_best=False, val_result=None, model_name="") -> None:
         """Write a checkpoint of each model to ``directory/<name>``; ``epoch`` counts from 0."""
         for name, model in self._models.items():
-            optim, sched = self._optims[name], self._scheds[name]
-            state = {
-                "state_dict": model.state_dict(),
-                "epoch": epoch + 1,
-                "optimizer": None if optim is None else optim.state_dict(),
-                "scheduler": None if sched is None else sched.state_dict(),
-                "val_result": None if val_result is None else float(val_result),  # weights_only refuses NumPy's
-            }
+            state = {"state_dict": model.state_dict(), "epoch": epoch + 1}
+            for key, part in (("optimizer", self._optims[name]), ("scheduler", self._scheds[name])):
+                state[key] = None if part is None else part.state_dict()
+            state["val_result"] = None if val_result is None else float(val_result)  # weights_only refuses NumPy's
             save_checkpoint(state, osp.join(directory, name), is_best=is_best, model_name=model_name)
 
     def resume_model_if_exist(self, directory: str) -> int:
         """Load the newest checkpoints; return the number of finished epochs, 0 where a model has no checkpoint."""
-        folders = {name: osp.join(directory, name) for name in self._models}
-        if not folders or not all(osp.isfile(osp.join(folder, "checkpoint")) for folder in folders.values()):
+        found = [osp.isfile(osp.join(directory, name, "checkpoint")) for name in self._models]
+        if not found or not all(found):
             print("No checkpoint found, train from scratch")
             return 0
         print(f"Found checkpoint at {directory} (will resume training)")
-        epochs = {
-            resume_from_checkpoint(folder, self._models[name], self._optims[name], self._scheds[name])
-            for name, folder in folders.items()
-        }
+        tables = self._models, self._optims, self._scheds
+        epochs = {resume_from_checkpoint(osp.join(directory, n), *(table[n] for table in tables)) for n in self._models}
         if len(epochs) > 1:  # killed between two saves
             raise RuntimeError(f"the newest checkpoints in {directory} are of different epochs: {sorted(epochs)}")
         return epochs.pop()
@@ -105,9 +89,8 @@ class TrainerX:
     def load_model(self, directory: str, epoch=None) -> None:
         """Load the best weights from ``directory``, or those of an epoch; "" skips it."""
         if not directory:
-            note = "Note that load_model() is skipped as no pretrained model is given"
-            print(f"{note} (ignore this if it's done on purpose)")
-            return
+            print("Note that load_model() is skipped as no pretrained model is given", end=" ")
+            return print("(ignore this if it's done on purpose)")
         for name, model in self._models.items():
             path = osp.join(directory, name, _BEST if epoch is None else f"model.pth.tar-{epoch}")
             checkpoint = load_checkpoint(path)
@@ -126,12 +109,10 @@ class TrainerX:
             self._writer.close()
 
     def write_scalar(self, tag: str, scalar_value: float, global_step=None) -> None:
-        """Write a number to TensorBoard if the writer is open."""
         if self._writer is not None:
             self._writer.add_scalar(tag, scalar_value, global_step)
 
     def train(self) -> None:
-        """Run the epochs up to OPTIM.MAX_EPOCH, with the hooks around them."""
         self.before_train()
         for epoch in range(self.start_epoch, self.max_epoch):
             self.epoch = epoch
@@ -167,19 +148,17 @@ class TrainerX:
                     f"time {batch_time.val:.3f} ({batch_time.avg:.3f}) data {data_time.val:.3f} ({data_time.avg:.3f}) "
                     f"{losses} lr {self.get_current_lr():.4e} eta {timedelta(seconds=int(batch_time.avg * left))}"
                 )
-            step = self.epoch * self.num_batches + index
-            for name, meter in losses.meters.items():
-                self.write_scalar(f"train/{name}", meter.avg, step)
-            self.write_scalar("train/lr", self.get_current_lr(), step)
+            values = {**{name: meter.avg for name, meter in losses.meters.items()}, "lr": self.get_current_lr()}
+            for name, value in values.items():
+                self.write_scalar(f"train/{name}", value, self.epoch * self.num_batches + index)
             end = time.time()
 
     def after_epoch(self) -> None:
         """Save the model if it is the best so far (FINAL_MODEL best_val) and if a checkpoint is due."""
-        if self.cfg.TEST.FINAL_MODEL == "best_val" and not self.cfg.TEST.NO_TEST:
-            result = self.test(split="val")
-            if result > self.best_result:
-                self.best_result = result
-                self.save_model(self.epoch, self.output_dir, val_result=result, model_name=_BEST)
+        validate = self.cfg.TEST.FINAL_MODEL == "best_val" and not self.cfg.TEST.NO_TEST
+        if validate and (result := self.test(split="val")) > self.best_result:
+            self.best_result = result
+            self.save_model(self.epoch, self.output_dir, val_result=result, model_name=_BEST)
         done, freq = self.epoch + 1, self.cfg.TRAIN.CHECKPOINT_FREQ
         if done == self.max_epoch or (freq > 0 and done % freq == 0):
             self.save_model(self.epoch, self.output_dir)
@@ -238,11 +217,9 @@ class TrainerX:
         return self.model(input)
 
     def parse_batch_train(self, batch: dict) -> tuple:
-        """Return images, labels and domain labels, on the device."""
         return tuple(batch[key].to(self.device) for key in ("img", "label", "domain"))
 
     def parse_batch_test(self, batch: dict) -> tuple:
-        """Return images and labels, on the device."""
         return batch["img"].to(self.device), batch["label"].to(self.device)
 
 

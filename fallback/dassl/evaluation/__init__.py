@@ -1,3 +1,1 @@
-"""Evaluators."""
-
 from .build import EVALUATOR_REGISTRY, Classification, build_evaluator  # noqa: F401

@@ -12,7 +12,6 @@ EVALUATOR_REGISTRY = Registry("EVALUATOR")
 
 
 def build_evaluator(cfg, **kwargs):
-    """Build the evaluator cfg.TEST.EVALUATOR."""
     return EVALUATOR_REGISTRY.build(cfg.TEST.EVALUATOR, cfg, **kwargs)
 
 
@@ -35,10 +34,7 @@ class Classification:
         self._y_pred += mo.max(1)[1].tolist()
 
     def evaluate(self) -> OrderedDict:
-        """Print and return the results; the macro average is over the classes that occur among the labels.
-
-        TEST.COMPUTE_CMAT writes the confusion matrix of all classes that occur: rows are labels and sum to 1.
-        """
+        """Print and return the results; macro averages are over the classes among the labels."""
         classes, codes = np.unique(self._y_true + self._y_pred, return_inverse=True)
         counts = np.zeros((len(classes), len(classes)), dtype=np.int64)
         np.add.at(counts, tuple(codes.reshape(2, -1)), 1)
@@ -52,12 +48,11 @@ class Classification:
         if self.cfg.TEST.PER_CLASS_RESULT:
             print("=> per-class result")
             shares = 100.0 * hits / labelled
-            for label, n, hit, acc in zip(classes[occurs].tolist(), labelled, hits, shares):
-                name = self._lab2cname[label]
-                print(f"* class: {label} ({name})\ttotal: {n:,}\tcorrect: {hit:,}\tacc: {acc:.1f}%")
+            for c, n, hit, share in zip(classes[occurs].tolist(), labelled, hits, shares):
+                print(f"* class: {c} ({self._lab2cname[c]})\ttotal: {n:,}\tcorrect: {hit:,}\tacc: {share:.1f}%")
             results["perclass_accuracy"] = float(shares.mean())
             print(f"* average: {shares.mean():.1f}%")
-        if self.cfg.TEST.COMPUTE_CMAT:
+        if self.cfg.TEST.COMPUTE_CMAT:  # of all classes that occur: rows are labels and sum to 1
             path = osp.join(self.cfg.OUTPUT_DIR, "cmat.pt")
             mkdir_if_missing(self.cfg.OUTPUT_DIR)
             torch.save(torch.from_numpy(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)), path)

@@ -1,6 +1,3 @@
-"""Metrics."""
-
-
 def compute_accuracy(output, target, topk=(1,)) -> list:
     """Return the top-k accuracies in percent, tensors (1,), of scores (B, C) or of a tuple that begins with them."""
     scores = output[0] if isinstance(output, (tuple, list)) else output

@@ -1,4 +1,2 @@
-"""Optimizers and learning-rate schedules."""
-
 from .lr_scheduler import build_lr_scheduler  # noqa: F401
 from .optimizer import build_optimizer  # noqa: F401

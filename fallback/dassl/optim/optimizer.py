@@ -1,5 +1,3 @@
-"""Optimizers chosen by the configuration."""
-
 import torch
 from torch import nn
 
@@ -17,8 +15,8 @@ def build_optimizer(model, optim_cfg, param_groups=None) -> torch.optim.Optimize
     params = params if param_groups is None else param_groups
     common = {"lr": cfg.LR, "weight_decay": cfg.WEIGHT_DECAY}
     if name == "sgd":
-        common.update(momentum=cfg.MOMENTUM, dampening=cfg.SGD_DAMPNING, nesterov=cfg.SGD_NESTEROV)
-        return torch.optim.SGD(params, **common)
+        extra = {"momentum": cfg.MOMENTUM, "dampening": cfg.SGD_DAMPNING, "nesterov": cfg.SGD_NESTEROV}
+        return torch.optim.SGD(params, **extra, **common)
     if name == "rmsprop":
         return torch.optim.RMSprop(params, momentum=cfg.MOMENTUM, alpha=cfg.RMSPROP_ALPHA, **common)
     common["betas"] = (cfg.ADAM_BETA1, cfg.ADAM_BETA2)

@@ -19,7 +19,6 @@ from PIL import Image
 
 
 def mkdir_if_missing(dirname: str) -> None:
-    """Create a folder and its parents; "" is the current folder."""
     os.makedirs(dirname or ".", exist_ok=True)
 
 
@@ -31,7 +30,6 @@ def check_isfile(fpath: str) -> bool:
 
 
 def listdir_nohidden(path: str, sort: bool = False) -> list:
-    """Return the names in a folder that do not start with a dot."""
     names = [name for name in os.listdir(path) if name[0] != "."]
     return sorted(names) if sort else names
 
@@ -52,7 +50,6 @@ def atomic_write(fpath: str, mode: str = "wb"):
 
 
 def read_json(fpath: str):
-    """Read a JSON file."""
     with open(fpath, encoding="utf-8") as stream:
         return json.load(stream)
 
@@ -65,7 +62,6 @@ def write_json(obj, fpath: str) -> None:
 
 
 def read_image(path: str) -> Image.Image:
-    """Read an image as RGB."""
     with Image.open(path) as image:
         return image.convert("RGB")
 
@@ -127,7 +123,6 @@ class AverageMeter:
         self.val = self.avg = self.sum = self.count = 0
 
     def update(self, val, n: int = 1) -> None:
-        """Add ``val``, a number or one-element tensor, with weight ``n``."""
         self.val = float(val)
         self.sum += n * self.val
         self.count += n
@@ -141,7 +136,6 @@ class MetricMeter:
         self.delimiter, self.meters = delimiter, defaultdict(AverageMeter)
 
     def update(self, input_dict) -> None:
-        """Add a value for each name; None adds nothing."""
         for key, value in (input_dict or {}).items():
             self.meters[key].update(value)
 
@@ -172,7 +166,6 @@ class Logger:
         return self.console.write(msg)
 
     def close(self) -> None:
-        """Close the log file; the real stdout stays open."""
         self.file.close()
 
 

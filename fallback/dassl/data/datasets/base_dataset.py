@@ -9,7 +9,6 @@ DATASET_REGISTRY = Registry("DATASET")
 
 
 def build_dataset(cfg):
-    """Build the data set cfg.DATASET.NAME."""
     return DATASET_REGISTRY.build(cfg.DATASET.NAME, cfg)
 
 
@@ -35,10 +34,7 @@ class DatasetBase:
         self.classnames = list(self.lab2cname.values())
 
     def generate_fewshot_dataset(self, *data_sources, num_shots: int = -1, repeat: bool = False):
-        """Draw ``num_shots`` images of each class (all where it is below 1) from each list, with Python's ``random``.
-
-        A class with fewer images is taken whole, or with ``repeat`` drawn from with replacement.
-        """
+        """Draw from each class (all if ``num_shots`` < 1) with ``random``; ``repeat``: with replacement if too few."""
         if num_shots < 1:
             return data_sources[0] if len(data_sources) == 1 else data_sources
         print(f"Creating a {num_shots}-shot dataset")

@@ -1,3 +1,1 @@
-"""Image transforms."""
-
 from .transforms import AVAI_CHOICES, INTERPOLATION_MODES, build_transform  # noqa: F401
