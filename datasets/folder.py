@@ -12,7 +12,7 @@ from trainers.prompting.errors import UserError
 
 from .base import SAMPLES, FewShotDataset
 from .files import is_image, list_folders, read_lines, walk_images
-from .splits import P_TRAIN, P_VAL, SPLITS, Entry, Split
+from .splits import P_TRAIN, P_VAL, SPLITS, Entry, Split, cut
 
 CLASSNAMES = "classnames.txt"
 PART_NAMES = {  # usual names of the folders of the parts, in any case
@@ -90,9 +90,8 @@ class Folder(FewShotDataset):
             order = sorted(paths, key=lambda path: hashlib.sha256(key(path).encode()).digest())
             n_train = max(1, round(P_TRAIN * len(order)))
             n_val = min(round(P_VAL * len(order)), len(order) - n_train - 1)
-            ends = (0, n_train, n_train + n_val, len(order))
-            for part, first, last in zip(SPLITS, ends, ends[1:]):
-                parts[part] += [Entry(path, label, names[folder]) for path in sorted(order[first:last])]
+            for part, chosen in zip(SPLITS, cut(order, n_train, n_val)):
+                parts[part] += [Entry(path, label, names[folder]) for path in sorted(chosen)]
         return parts
 
     def _images(self, part: str, classes: list[str]) -> dict[str, list[str]]:
