@@ -98,10 +98,7 @@ class FewShotDataset(DatasetBase):
             raise UserError(f"{self.folder}: no such folder; --root must name the folder of {self.dataset_dir}/")
 
     def _sample(self, shots: int, seed: int) -> Split:
-        """Return the few-shot sample: CoOp's pickle, the stored JSON file, or a new draw, which is stored.
-
-        Without a seed nothing is stored. Empty where all images are used.
-        """
+        """Return CoOp's pickled sample, the stored one, or a new draw, which is stored if there is a seed."""
         if shots < 1 or not self.sampled:
             return {}
         base = self.path(SAMPLES, f"shot_{shots}-seed_{seed}")
@@ -194,8 +191,7 @@ class AnnotatedDataset(SplitDataset):
 
     def make_split(self) -> Split:
         trainval, test = (self.annotated(name) for name in self.lists)
-        train, val = splits.split_trainval(trainval)
-        return {"train": train, "val": val, "test": test}
+        return {**splits.split_trainval(trainval), "test": test}
 
     def annotated(self, name: str) -> list[Entry]:
         """Read an annotation file."""

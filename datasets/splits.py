@@ -59,16 +59,16 @@ def by_label(entries: Sequence[Entry]) -> list[list[Entry]]:
     return list(groups.values())
 
 
-def split_trainval(trainval: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
+def split_trainval(trainval: Sequence[Entry]) -> Split:
     """Split annotated training images into training and validation images, 80 % and 20 % of each class."""
-    train, val = [], []
+    split: Split = {"train": [], "val": []}
     for items in by_label(trainval):
         n_val = round(len(items) * P_VAL)
         _require_images(n_val, items[0].classname, len(items))
         random.shuffle(items)
-        val += items[:n_val]
-        train += items[n_val:]
-    return train, val
+        split["val"] += items[:n_val]
+        split["train"] += items[n_val:]
+    return split
 
 
 def split_classes(classes: Sequence[tuple[int, str, list[str]]]) -> Split:
@@ -161,7 +161,7 @@ def read_json(path: str) -> Any:
 
 
 def to_entry(row: Sequence[Any]) -> Entry:
-    """Convert ``[path, label, class name]`` from a JSON file. Raises ValueError or TypeError where it is malformed."""
+    """Convert ``[path, label, class name]`` from a JSON file. Raises ValueError or TypeError."""
     path, label, classname = row
     if isinstance(label, float) or int(label) < 0 or not isinstance(classname, str) or not isinstance(path, str):
         raise ValueError(f"{path} has the label {label} and the class name {classname!r}")
@@ -183,8 +183,8 @@ def read_split(path: str) -> Split:
 
 def draw(entries: Sequence[Entry], shots: int) -> list[Entry]:
     """Draw ``shots`` entries of each label; all entries of a label that has fewer."""
-    groups = by_label(entries)
-    return [item for items in groups for item in (random.sample(items, shots) if len(items) >= shots else items)]
+    drawn = (random.sample(items, shots) if len(items) >= shots else items for items in by_label(entries))
+    return list(chain.from_iterable(drawn))
 
 
 def warn_of_small_classes(train: Sequence[Entry], shots: int) -> None:
@@ -212,7 +212,7 @@ def read_sample(path: str, parts: Sequence[str], prefix: str, source: str) -> Op
             print(f"{path}: drawn from other images than the current ones; it is replaced")
             return None
         sample = {part: [to_entry(row) for row in stored[part]] for part in parts}
-        if not all(item.path.startswith(prefix) for items in sample.values() for item in items):
+        if not all(item.path.startswith(prefix) for item in chain.from_iterable(sample.values())):
             raise ValueError(f"paths outside {prefix}")
     except (ValueError, KeyError, TypeError) as error:
         print(f"{path}: not a few-shot sample ({type(error).__name__}: {error}); it is replaced")

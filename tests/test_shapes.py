@@ -122,7 +122,7 @@ def test_interrupted_or_overtaken(few, tmp_path, monkeypatch):
 def test_the_embedded_clip_has_room_to_improve(data_set):
     """Zero-shot accuracy is far above chance and well below 90 %."""
     from trainers.prompting.backbone import load_clip
-    from trainers.prompting.text import encode_texts
+    from trainers.prompting.text_encoder import encode_texts
 
     backbone, n = load_clip("tiny"), 5
     texts = encode_texts(backbone, [f"a photo of a {kind}." for kind in KINDS])
