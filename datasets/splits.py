@@ -86,7 +86,7 @@ def split_classes(classes: Sequence[tuple[int, str, list[str]]]) -> Split:
     return split
 
 
-def cut(paths: list[str], n_train: int, n_val: int) -> tuple[list[str], list[str], list[str]]:
+def cut(paths: list[str], n_train: int, n_val: int) -> tuple[list[str], ...]:
     """Cut a list into three."""
     return paths[:n_train], paths[n_train : n_train + n_val], paths[n_train + n_val :]
 
@@ -199,10 +199,7 @@ def warn_of_small_classes(train: Sequence[Entry], shots: int) -> None:
 def read_sample(path: str, parts: Sequence[str], prefix: str, source: str) -> Optional[Split]:
     """Read a stored few-shot sample; None where no file exists, or it is damaged or was drawn from other images.
 
-    Args:
-        parts: those that it has to hold.
-        prefix: image folder relative to the data root, with "/" at the end; stored paths begin with it.
-        source: digest of the images to draw from.
+    Stored paths begin with ``prefix``; ``source`` is a digest of the images to draw from.
     """
     if not os.path.isfile(path):
         return None

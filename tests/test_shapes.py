@@ -72,13 +72,6 @@ def test_made_once_and_the_same_everywhere(few, tmp_path):
     assert len(images) == len(set(images)) == 2 * len(KINDS) * sum(COUNTS.values())  # no image occurs twice
 
 
-def test_base_and_new_halves(few, tmp_path):
-    base, new = (shapes.Shapes(config(tmp_path, subset)) for subset in ("base", "new"))
-    assert base.classnames + new.classnames == sorted(KINDS)
-    assert base.num_classes == (len(KINDS) + 1) // 2
-    assert {item.label for item in new.test} == set(range(new.num_classes))
-
-
 def test_a_folder_with_other_content_is_not_touched(few, tmp_path):
     (tmp_path / "shapes").mkdir()
     (tmp_path / "shapes" / "thesis.txt").write_text("mine")

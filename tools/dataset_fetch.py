@@ -58,7 +58,7 @@ class Source:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return (*self.images, *filter(None, [self.names]))
+        return (*self.images, self.names) if self.names else tuple(self.images)
 
     def download_of(self, part: str) -> Optional[Download]:
         """Return the download that brings a part, if any."""
@@ -69,13 +69,13 @@ class Source:
         return [part for part in self.parts if not exists(os.path.join(root, self.folder), part)]
 
 
-def _source(facts: dict[str, Any]) -> Source:
-    files = facts.pop("downloads").items()
-    return Source(**facts, downloads=tuple(Download(file, **{"parts": (file,), **values}) for file, values in files))
+def _source(folder: str, downloads: dict[str, dict[str, Any]], **facts: Any) -> Source:
+    files = (Download(file, **{"parts": (file,), **values}) for file, values in downloads.items())
+    return Source(folder, downloads=tuple(files), **facts)
 
 
 _FACTS = yaml.safe_load(Path(__file__).with_name("sources.yaml").read_text(encoding="utf-8"))
-SOURCES = {name: _source(facts) for name, facts in _FACTS.items()}
+SOURCES = {name: _source(**facts) for name, facts in _FACTS.items()}
 
 
 def exists(folder: str, part: str) -> bool:
@@ -85,11 +85,7 @@ def exists(folder: str, part: str) -> bool:
 
 
 def fetch(source: Source, root: str) -> None:
-    """Get the missing parts of a data set; what exists is not touched.
-
-    Raises:
-        UserError: something cannot be downloaded; complete files stay in the staging folder for the next call.
-    """
+    """Get the missing parts of a data set; what exists is not touched. Raises UserError where a download fails."""
     if not hasattr(tarfile, "data_filter"):
         raise UserError("this Python cannot unpack archives safely; use 3.9.17, 3.10.12, 3.11.4, 3.12 or newer")
     folder = os.path.realpath(os.path.join(root, source.folder))  # a link's target, on the disk that has the space
@@ -197,12 +193,11 @@ def unpack(path: str, folder: str) -> None:
     """Unpack a zip or tar archive into a new folder. pooch's Untar is unsafe before Python 3.12.
 
     Raises:
-        UserError: it is damaged, has members outside the folder or symbolic links, which have misled Python's ``data``
-            filter (CVE-2025-4517).
+        UserError: it is damaged, has members outside the folder or symbolic links.
     """
 
     def refuse_links(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
-        if member.issym():
+        if member.issym():  # they have misled Python's filter (CVE-2025-4517)
             raise tarfile.TarError(f"{member.name} is a symbolic link")
         return tarfile.data_filter(member, folder)
 

@@ -50,11 +50,7 @@ def dataset_class(config: str, root: str) -> tuple[type, CfgNode]:
 
 
 def prepare(config: str, root: str, dry_run: bool) -> bool:
-    """Print what is missing of a data set and, except in a dry run, get it. Returns whether it is complete.
-
-    Raises:
-        UserError: something cannot be downloaded.
-    """
+    """Print what is missing of a data set and, except in a dry run, get it. Returns whether it is complete."""
     if config == OWN:
         print(f"{config}: your own images, --root is their folder; docs/data.md shows the layout")
         return True
@@ -86,11 +82,7 @@ def prepare(config: str, root: str, dry_run: bool) -> bool:
 
 
 def check(config: str, root: str, workers: int) -> tuple[list[str], str]:
-    """Check offline, without writing: are all images present and sound, are they as many as published?
-
-    Returns:
-        A line for every problem; the numbers of images and classes.
-    """
+    """Check a data set offline, without writing. Returns a line for every problem; counts of images and classes."""
     source = SOURCES.get(config)
     if config in DRAWN:
         source = Source("", len(KINDS), {part: count * len(KINDS) for part, count in shapes.COUNTS.items()})
@@ -105,13 +97,15 @@ def check(config: str, root: str, workers: int) -> tuple[list[str], str]:
         warnings.simplefilter("ignore")  # of odd metadata
         reasons = pool.imap(_problem, paths, chunksize=32)
         problems = list(filter(None, tqdm(reasons, config, len(paths), leave=False, unit=" images", disable=None)))
-    counts = {f"{part} images": len(parts[part]) for part in source.counts} if source else {}
-    classes = len({entry.label for entry in parts["test"] + parts["train"]})
-    for kind, count in {**counts, "classes": classes}.items() if source else ():
-        published = source.classes if kind == "classes" else source.counts[kind.split()[0]]
-        if count != published:
-            problems.append(f"{config}: {count:,} {kind}, but {published:,} are published")
-    return problems, f"{len(paths):>9,} images  {classes:>5,} classes"
+    found = {f"{part} images": len(entries) for part, entries in parts.items()}
+    found["classes"] = len({entry.label for entry in parts["test"] + parts["train"]})
+    published = (
+        {f"{part} images": n for part, n in source.counts.items()} | {"classes": source.classes} if source else {}
+    )
+    for kind, n in published.items():
+        if found[kind] != n:
+            problems.append(f"{config}: {found[kind]:,} {kind}, but {n:,} are published")
+    return problems, f"{len(paths):>9,} images  {found['classes']:>5,} classes"
 
 
 def _problem(path: str) -> str:
@@ -121,19 +115,6 @@ def _problem(path: str) -> str:
         return ""
     except OSError as error:
         return str(error)
-
-
-def check_all(configs: Sequence[str], root: str, workers: int) -> bool:
-    """Check data sets: print a line for every problem, then one for each data set. Returns whether all are complete."""
-    rows = []
-    for config in configs:
-        problems, numbers = check(config, root, workers)
-        print(*problems, sep="\n", end="\n" if problems else "", flush=True)
-        n = len(problems)
-        rows.append((config, numbers, f"{n:,} problem{'s' * (n > 1)}" if n else "complete"))
-    for config, numbers, verdict in rows:
-        print("  ".join(filter(None, (config.ljust(max(map(len, configs))), numbers, verdict))))
-    return all(verdict == "complete" for *_, verdict in rows)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -154,7 +135,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f"error: {root}: no such folder; create it or correct --root", file=sys.stderr)
         return 2
     if args.check:
-        return 0 if check_all(chosen, root, args.workers) else 1
+        rows = []
+        for config in chosen:
+            problems, numbers = check(config, root, args.workers)
+            sys.stdout.writelines(f"{problem}\n" for problem in problems)
+            n = len(problems)
+            verdict = f"{n:,} problem{'s' * (n > 1)}" if n else "complete"
+            rows.append("  ".join(filter(None, (config.ljust(max(map(len, chosen))), numbers, verdict))))
+        print(*rows, sep="\n")
+        return 0 if all(row.endswith("complete") for row in rows) else 1
     lacking = []
     for config in chosen:
         try:

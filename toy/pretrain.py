@@ -2,11 +2,9 @@
 
     python toy/pretrain.py --out toy/tiny_clip.pt
 
-Contrastive pre-training as in CLIP, in OpenAI's architecture and state-dict layout: a small ResNet with attention
-pooling and a text transformer. The model sees the kinds of ``drawing.py`` in PRETRAINING_STYLES (never in the styles of
-the data sets), and words, alone and written on drawings, in several fonts, colours, places and sizes: like the real
-CLIP it recognises objects and reads. Sample i depends on (seed, i) alone: runs with the same seed give the same weights
-on one machine.
+Contrastive pre-training as in CLIP, in OpenAI's architecture and state-dict layout. The model sees the kinds of
+``drawing.py``, never in the styles of the data sets, and words, alone and written on drawings: like the real CLIP it
+recognises objects and reads. Runs with the same seed give the same weights on one machine.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import cache
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Optional
 
@@ -55,6 +53,9 @@ FONT_FOLDER = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 FONTS = ("", *(f"DejaVuSans{v}.ttf" for v in ("", "-Bold", "-Oblique", "Mono", "Mono-Bold")), "DejaVuSerif.ttf",
          "DejaVuSerif-Bold.ttf", "STIXGeneral.ttf", "STIXGeneralBol.ttf", "cmss10.ttf", "cmtt10.ttf")  # fmt: skip
 UNSEEN_FONT = "DejaVuSerif-Italic.ttf"  # only ever read in the report
+
+SETTINGS = {"seed": 1, "steps": 3800, "second-steps": 1000, "batch-size": 256, "drawings": 40000, "lr": 1.5e-3,
+            "second-lr": 5e-4, "warmup": 200, "weight-decay": 0.1, "workers": 2}  # fmt: skip
 
 OBJECT, WORD, NAMED_OBJECT, LABELLED_OBJECT = range(4)  # what a sample shows
 CLASS_NAME_SHARE = 0.4  # of the words written
@@ -273,17 +274,16 @@ def report(path: str, seed: int, n: int = 2000) -> dict[str, float]:
     plain = torch.rand(n, 3, 1, 1, generator=generator).expand(n, 3, SIZE, SIZE)
     torch.manual_seed(seed)
     places = places_of(torch.rand(n, 2, dtype=torch.float64), SIZE, block, "random")
-    for title, names, texts in (
-        ("read the class name on the default block, among class names", kinds, photo),
-        ("read any word on the default block, among all words", vocabulary, written),
-    ):
-        for suffix, font in (("", ""), (", unseen font", str(FONT_FOLDER / UNSEEN_FONT))):
-            labels, blocks = render(names, font)
-            results[title + suffix] = accuracy(paste(plain, blocks, places), labels, texts)
+    fonts = {"": "", ", unseen font": str(FONT_FOLDER / UNSEEN_FONT)}
+    texts = {"the class name on the default block, among class names": (kinds, photo)}
+    texts["any word on the default block, among all words"] = (vocabulary, written)
+    for (title, (names, text)), (suffix, font) in product(texts.items(), fonts.items()):
+        labels, blocks = render(names, font)
+        results[f"read {title}{suffix}"] = accuracy(paste(plain, blocks, places), labels, text)
     labels, blocks = render(kinds)
     for result, expected in (("the drawing is recognised", kind_of), ("the block is read", labels)):
-        title = f"drawing with any class's block: {result}"
-        results[title] = accuracy(paste(images, blocks, places), expected, photo)
+        both = paste(images, blocks, places)
+        results[f"drawing with any class's block: {result}"] = accuracy(both, expected, photo)
     return results
 
 
@@ -306,10 +306,6 @@ def sheet(path: str, seed: int, columns: int = 12) -> None:
     figure.savefig(path, dpi=110)
 
 
-SETTINGS = {"seed": 1, "steps": 3800, "second-steps": 1000, "batch-size": 256, "drawings": 40000, "lr": 1.5e-3,
-            "second-lr": 5e-4, "warmup": 200, "weight-decay": 0.1, "workers": 2}  # fmt: skip
-
-
 def arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", default="tiny_clip.pt", help="state dict to write (default: %(default)s)")
@@ -328,8 +324,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             sheet(args.sheet, args.seed)
             return 0
         if not args.report_only:
-            if not Path(args.out).absolute().parent.is_dir():
-                raise UserError(f"{Path(args.out).absolute().parent}: no such folder; correct --out")
+            if not (folder := Path(args.out).absolute().parent).is_dir():
+                raise UserError(f"{folder}: no such folder; correct --out")
             torch.save(pretrain(args), args.out)
         results = report(args.out, args.seed)
     except (UserError, OSError) as error:
