@@ -26,8 +26,6 @@ MAX_VAL_SHOTS = 4  # CoOp validates on at most this many images per class
 class FewShotDataset(DatasetBase):
     """A data set from which ``DATASET.NUM_SHOTS`` training images per class are drawn (0 or less: all of them).
 
-    ``DATASET.SUBSAMPLE_CLASSES`` keeps all classes, the first half of the labels (base) or the second (new).
-
     Subclasses name ``dataset_dir`` (folder below the data root) and ``image_dir`` (below that), and fill ``self.parts``
     in :meth:`prepare`.
 
@@ -90,33 +88,23 @@ class FewShotDataset(DatasetBase):
 
     def fingerprint(self) -> str:
         """Return a digest of the images that samples are drawn from."""
-        rows = [self.entries(part) for part in self.sampled]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+        return digest([self.entries(part) for part in self.sampled])
 
     def _open(self, cfg: Any) -> None:
         self.cfg = cfg
         self.folder = os.path.normpath(os.path.join(data_root(cfg), self.dataset_dir))
         self.images = os.path.join(self.folder, self.image_dir)
         if not os.path.isdir(self.folder):
-            raise UserError(
-                f"{self.folder}: no such folder; --root must name the folder that holds {self.dataset_dir}/"
-            )
+            raise UserError(f"{self.folder}: no such folder; --root must name the folder of {self.dataset_dir}/")
 
     def _sample(self, shots: int, seed: int) -> Split:
-        """Return the few-shot sample: CoOp's pickle, the stored JSON file, or a new draw, which is stored.
-
-        Without a seed nothing is stored. Empty where all images are used.
-        """
+        """Return CoOp's pickled sample, the stored one, or a new draw, which is stored if there is a seed."""
         if shots < 1 or not self.sampled:
             return {}
         base = self.path(SAMPLES, f"shot_{shots}-seed_{seed}")
-        if os.path.isfile(f"{base}.pkl"):
-            print(f"Loading preprocessed few-shot data from {base}.pkl")
-            pickled = splits.read_pickled(f"{base}.pkl")
-            missing = [part for part in self.sampled if part not in pickled]
-            if missing:
-                raise UserError(f'{base}.pkl: it has no "{missing[0]}"; delete it')
-            return {p: splits.match_pickled(f"{base}.pkl", p, pickled[p], self.entries(p)) for p in self.sampled}
+        if os.path.isfile(pickled := f"{base}.pkl"):
+            print(f"Loading preprocessed few-shot data from {pickled}")
+            return splits.match_pickled(pickled, {part: self.entries(part) for part in self.sampled})
         prefix = "".join(f"{part}/" for part in (self.dataset_dir, self.image_dir) if part)
         source = self.fingerprint() if seed >= 0 else ""
         sample = splits.read_sample(f"{base}.json", self.sampled, prefix, source) if seed >= 0 else None
@@ -128,6 +116,11 @@ class FewShotDataset(DatasetBase):
                 splits.write_sample(f"{base}.json", sample, prefix, source)
         splits.warn_of_small_classes(sample["train"], shots)
         return sample
+
+
+def digest(value: Any) -> str:
+    """Return a short digest of what can be written as JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def data_root(cfg: Any) -> str:
@@ -143,8 +136,7 @@ def data_root(cfg: Any) -> str:
 class SplitDataset(FewShotDataset):
     """A data set with CoOp's split file, ``split_zhou_<Name>.json`` in its folder.
 
-    Where the file is missing, :meth:`make_split` makes a split as CoOp does, with the seed of the run. It is saved, so
-    that every later run uses the same one.
+    Where the file is missing, :meth:`make_split` makes a split as CoOp does, with the seed of the run, and it is saved.
     """
 
     split_file = ""
@@ -159,22 +151,19 @@ class SplitDataset(FewShotDataset):
         elif not self.may_write:
             self.parts = self.make_split()
         else:
-            self.parts = self._make_and_save()
-
-    def _make_and_save(self) -> Split:
-        try:
-            with FileLock(self.path(f".{self.split_file}.lock")):
-                if os.path.isfile(self.source):  # another process made it meanwhile
-                    return splits.read_split(self.source)
-                split = self.make_split()
-                splits.check_labels(split, source=self.folder)
-                splits.write_split(self.source, split)
-                return split
-        except PermissionError as error:
-            raise UserError(
-                f"{self.source}: no such file, and a new split cannot be saved ({error.strerror} in {self.folder}): "
-                "put CoOp's file there (docs/data.md) or make the folder writable once"
-            ) from error
+            try:
+                with FileLock(self.path(f".{self.split_file}.lock")):
+                    if not os.path.isfile(self.source):  # no other process made it meanwhile
+                        split = self.make_split()
+                        splits.check_labels(split, source=self.folder)
+                        splits.write_text(self.source, json.dumps(split, indent=4))
+                        print(f"Saved split to {self.source}")
+                self.parts = splits.read_split(self.source)
+            except PermissionError as error:
+                raise UserError(
+                    f"{self.source}: no such file, and a new split cannot be saved ({error.strerror}): put CoOp's file "
+                    "there (docs/data.md) or make the folder writable once"
+                ) from error
 
     def make_split(self) -> Split:
         """Make the split from the raw data, with CoOp's draws."""
@@ -202,8 +191,7 @@ class AnnotatedDataset(SplitDataset):
 
     def make_split(self) -> Split:
         trainval, test = (self.annotated(name) for name in self.lists)
-        train, val = splits.split_trainval(trainval)
-        return {"train": train, "val": val, "test": test}
+        return {**splits.split_trainval(trainval), "test": test}
 
     def annotated(self, name: str) -> list[Entry]:
         """Read an annotation file."""

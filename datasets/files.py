@@ -10,18 +10,17 @@ from typing import Any, Callable, TypeVar
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from trainers.prompting.errors import UserError
-from trainers.prompting.names import printable
+from trainers.prompting.names import printable, relative_path
 
 T = TypeVar("T")
 
 
 def list_folders(path: str) -> list[str]:
     """Return the sorted names of the folders in ``path`` without hidden ones. Raises UserError where it is missing."""
-    try:
-        with os.scandir(path) as found:
-            return _sorted(path, [item.name for item in found if item.is_dir() and not item.name.startswith(".")])
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{path}: no such folder; unpack the images of the data set there (docs/data.md)") from error
+    if not os.path.isdir(path):
+        raise UserError(f"{path}: no such folder; unpack the images of the data set there (docs/data.md)")
+    with os.scandir(path) as found:
+        return _sorted(path, [item.name for item in found if item.is_dir() and not item.name.startswith(".")])
 
 
 def list_images(path: str) -> list[str]:
@@ -34,9 +33,7 @@ def walk_images(path: str) -> list[str]:
     found = []
     for folder, below, names in os.walk(path, followlinks=True):
         below[:] = [name for name in below if not name.startswith(".")]
-        relative = os.path.relpath(folder, path).replace(os.sep, "/")
-        prefix = "" if relative == "." else f"{relative}/"
-        found += [f"{prefix}{name}" for name in names if is_image(name)]
+        found += [relative_path(os.path.join(folder, name), path) for name in names if is_image(name)]
     return _sorted(path, found)
 
 

@@ -12,27 +12,22 @@ from trainers.prompting.errors import UserError
 
 from .base import SAMPLES, FewShotDataset
 from .files import is_image, list_folders, read_lines, walk_images
-from .splits import P_TRAIN, P_VAL, SPLITS, Entry, Split
+from .splits import P_TRAIN, P_VAL, SPLITS, Entry, Split, cut
 
 CLASSNAMES = "classnames.txt"
-PART_NAMES = {  # usual names of the folders of the parts, in any case
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
+# usual names of the folders of the parts, in any case
+PART_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+PART_NAMES["testing"] = "test"
 
 
 @DATASET_REGISTRY.register()
 class Folder(FewShotDataset):
     """``<root>/<class>/<image>``, or ``<root>/{train,val,test}/<class>/<image>``; images may be nested deeper.
 
-    Without folders of parts, the images are split by ``DATASET.SPLIT_SEED``: half of each class for training, a fifth
-    for validation, the rest for testing. The part of an image depends on the seed and its path below the class folder,
-    so that adding or removing images moves few others. ``val/`` may be missing; without ``test/`` the images in
-    ``val/`` are the test images, as in ImageNet.
-
-    Class names are the names of the folders, with underscores as spaces, or those given in ``classnames.txt``, lines
-    ``<folder> <class name>``. Labels follow the order of the folders' names.
+    Without folders of parts, the images are split by ``DATASET.SPLIT_SEED``. The part of an image depends on the seed
+    and its path, so that adding or removing images moves few others. ``val/`` may be missing; without ``test/`` the
+    images in ``val/`` are the test images, as in ImageNet. Class names are the names of the folders, or those given in
+    ``classnames.txt``, lines ``<folder> <class name>``. Labels follow the order of the folders' names.
 
     Raises:
         UserError: no classes, a class with too few images, a folder without a class name or of another level.
@@ -65,9 +60,8 @@ class Folder(FewShotDataset):
         for part, folder in own.items():
             unknown = sorted(set(list_folders(self.path(folder))) - set(classes))
             if unknown:
-                raise UserError(
-                    f"{self.path(folder, unknown[0])}: no class of that name in {own['train']}/; rename or remove it"
-                )
+                other = self.path(folder, unknown[0])
+                raise UserError(f"{other}: no class of that name in {own['train']}/; rename or remove it")
             for label, (name, paths) in enumerate(self._images(folder, classes).items()):
                 if part == "train" and not paths:
                     raise UserError(f"{self.path(folder, name)}: no images; add some or remove the folder")
@@ -82,39 +76,35 @@ class Folder(FewShotDataset):
         parts: Split = {part: [] for part in SPLITS}
         for label, (folder, paths) in enumerate(self._images("", classes).items()):
             if len(paths) < 2:
-                raise UserError(
-                    f"{self.path(folder)}: {len(paths)} image(s) of this class, training and testing need one each; "
-                    "add some or remove the folder"
-                )
-            key = f"{self.cfg.DATASET.SPLIT_SEED}/{{}}".format
-            order = sorted(paths, key=lambda path: hashlib.sha256(key(path).encode()).digest())
+                reason = f"{len(paths)} image(s) of this class, training and testing need one each"
+                raise UserError(f"{self.path(folder)}: {reason}; add some or remove the folder")
+            prefix = f"{self.cfg.DATASET.SPLIT_SEED}/"
+            order = sorted(paths, key=lambda path: hashlib.sha256((prefix + path).encode()).digest())
             n_train = max(1, round(P_TRAIN * len(order)))
             n_val = min(round(P_VAL * len(order)), len(order) - n_train - 1)
-            ends = (0, n_train, n_train + n_val, len(order))
-            for part, first, last in zip(SPLITS, ends, ends[1:]):
-                parts[part] += [Entry(path, label, names[folder]) for path in sorted(order[first:last])]
+            for part, chosen in zip(SPLITS, cut(order, n_train, n_val)):
+                parts[part] += [Entry(path, label, names[folder]) for path in sorted(chosen)]
         return parts
 
     def _images(self, part: str, classes: list[str]) -> dict[str, list[str]]:
-        """Return the sorted paths of each class's images, relative to the data set."""
+        """Return the sorted paths of each class's images, relative to the data set.
+
+        A class folder without images is refused if its folders look like parts or classes, or if it is the only one.
+        """
         found = {}
         for name in classes:
             folder = os.path.join(self.folder, part, name)
-            self._refuse_other_level(folder, classes)
+            here = os.path.isdir(folder)
+            below = set(list_folders(folder)) - {name} if here else set()
+            suspicious = len(classes) == 1 or all(f in classes or f.casefold() in PART_NAMES for f in below)
+            if below and suspicious and not any(is_image(file) for file in os.listdir(folder)):
+                raise UserError(
+                    f"{folder}: no images in it, only folders such as {min(below)}/; --root must name the folder of "
+                    "the class folders, or that of train/, val/ and test/"
+                )
             prefix = f"{part}/{name}" if part else name
-            found[name] = [f"{prefix}/{path}" for path in walk_images(folder)] if os.path.isdir(folder) else []
+            found[name] = [f"{prefix}/{path}" for path in walk_images(folder)] if here else []
         return found
-
-    def _refuse_other_level(self, folder: str, classes: list[str]) -> None:
-        """Refuse a class folder without images if its folders look like parts or classes, or if it is the only one."""
-        below = set(list_folders(folder) if os.path.isdir(folder) else []) - {os.path.basename(folder)}
-        if not below or any(is_image(name) for name in os.listdir(folder)):
-            return
-        if len(classes) == 1 or all(name in classes or name.casefold() in PART_NAMES for name in below):
-            raise UserError(
-                f"{folder}: no images in it, only folders such as {min(below)}/; --root must name the folder of the "
-                "class folders, or that of train/, val/ and test/"
-            )
 
     def _classnames(self, classes: list[str]) -> dict[str, str]:
         if not classes:
@@ -125,10 +115,8 @@ class Folder(FewShotDataset):
         names: dict[str, str] = {}
         for line in read_lines(path):
             # folders may have spaces in their names: take the longest that fits
-            fitting = [name for name in classes if line.startswith((f"{name} ", f"{name}\t"))]
-            if fitting:
-                folder = max(fitting, key=len)
-                names[folder] = line[len(folder) :].strip()
+            folder = max((name for name in classes if line.startswith((f"{name} ", f"{name}\t"))), key=len, default="")
+            names[folder] = line[len(folder) :].strip()
         missing = [name for name in classes if name not in names]
         if missing:
             raise UserError(f'{path}: no line for the folder "{missing[0]}"; add "{missing[0]} <class name>"')

@@ -1,16 +1,14 @@
-"""ImageNet (Deng et al. 2009), 1000 classes, and the base class of its test-only variants."""
+"""ImageNet (Deng et al. 2009), 1000 classes."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 
 from dassl.data.datasets import DATASET_REGISTRY
 
 from trainers.prompting.errors import UserError
 
-from .base import FewShotDataset
+from .base import FewShotDataset, digest
 from .files import list_folders, list_images, read_lines, reading
 from .splits import Entry, read_pickled, to_entry
 
@@ -32,94 +30,53 @@ class ImageNet(FewShotDataset):
 
     def prepare(self) -> None:
         self.parts = {}
-        self.listed = not os.path.isfile(self.path(PICKLED))
+        self.pickled, self.listed = self.path(PICKLED), not os.path.isfile(self.path(PICKLED))
 
     def entries(self, part: str) -> list[Entry]:
-        folder = "train" if part == "train" else "val"  # read when needed: 1.28 million names take seconds
-        if folder not in self.parts:
-            if folder == "val" or self.listed:
-                names = read_classnames(self.path(CLASSNAMES))
-                listing = list_classes(os.path.join(self.images, folder))
-                self.parts[folder] = label_folders(
-                    listing, dict(zip(listing, listing)), names, self.path(CLASSNAMES), f"{folder}/"
-                )
-            else:
-                with reading(self.path(PICKLED)):
-                    self.parts[folder] = [
-                        to_entry(("/".join(path.replace("\\", "/").split("/")[-3:]), label, name))
-                        for path, label, name in read_pickled(self.path(PICKLED))["train"]
-                    ]
+        folder = "train" if part == "train" else "val"
+        if folder in self.parts:  # read when needed: 1.28 million names take seconds
+            return self.parts[folder]
+        if folder == "val" or self.listed:
+            self.parts[folder] = read_folders(self.path(CLASSNAMES), self.images, f"{folder}/")
+        else:
+            with reading(self.pickled):
+                rows = read_pickled(self.pickled)["train"]
+                paths = ("/".join(path.replace("\\", "/").split("/")[-3:]) for path, _, _ in rows)
+                self.parts[folder] = [to_entry((path, *row[1:])) for path, row in zip(paths, rows)]
         return self.parts[folder]
 
     def fingerprint(self) -> str:
         """Digest the modification times of the class folders, which is faster than reading all names."""
         if not self.listed:
-            return f"{PICKLED} {os.path.getsize(self.path(PICKLED))}"
-        times = folder_times(os.path.join(self.images, "train"))
-        return hashlib.sha256(json.dumps(times).encode()).hexdigest()[:16]
-
-
-class ImageNetVariant(FewShotDataset):
-    """A data set on which models trained on ImageNet are tested.
-
-    It has no training images: as in CoOp the test images are also ``train_x``, from which Dassl takes the classes.
-
-    Raises:
-        UserError: base or new classes are requested, which are halves of the training classes.
-    """
-
-    listed = True
-    test_only = True
-    sampled = ()
-
-    def prepare(self) -> None:
-        subset = self.cfg.DATASET.SUBSAMPLE_CLASSES
-        if subset != "all":
-            raise UserError(
-                f"DATASET.SUBSAMPLE_CLASSES {subset}: {type(self).__name__} has no base and new classes; set it to all"
-            )
-        path = self.path(CLASSNAMES)
-        names, listing = read_classnames(path), list_classes(self.images)
-        test = label_folders(listing, self.wnids(names, listing), names, path)
-        self.parts = {"train": test, "val": [], "test": test}
-
-    def wnids(self, names: dict[str, str], listing: dict[str, list[str]]) -> dict[str, str]:
-        """Return the WordNet id of each image folder, in the order of the labels."""
-        return dict(zip(listing, listing))
+            return f"{PICKLED} {os.path.getsize(self.pickled)}"
+        train = os.path.join(self.images, "train")
+        return digest([(name, os.stat(os.path.join(train, name)).st_mtime_ns) for name in list_folders(train)])
 
 
 def read_classnames(path: str) -> dict[str, str]:
     """Read CoOp's ``classnames.txt``, lines ``n01440764 tench``: the class name of each folder. Raises UserError."""
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; `tools/prepare.py` makes it, docs/data.md says where CoOp has it")
+        raise UserError(f"{path}: no such file; `tools/prepare.py` gets it, docs/data.md says where CoOp has it")
     pairs = (line.partition(" ") for line in read_lines(path))
     return {folder: name.strip() for folder, _, name in pairs}
 
 
-def folder_times(path: str) -> list[tuple[str, int]]:
-    """Return the name and modification time in ns of each class folder; it changes with the images in the folder."""
-    return [(folder, os.stat(os.path.join(path, folder)).st_mtime_ns) for folder in list_folders(path)]
+def read_folders(source: str, images: str, prefix: str = "", numbered: bool = False) -> list[Entry]:
+    """Return the images of class folders, labels in the order of the folders' names.
 
-
-def list_classes(path: str) -> dict[str, list[str]]:
-    """Return the sorted image names of each class folder. Raises UserError where there are none."""
+    Args:
+        source: ``classnames.txt``.
+        images: image folder; paths are relative to it.
+        prefix: folder of the class folders, below ``images``, with "/" at the end.
+        numbered: folders are named by label, the number of the line in ``source``, from 0.
+    """
+    names, path = read_classnames(source), os.path.join(images, prefix.rstrip("/")).rstrip("/")
     listing = {folder: list_images(os.path.join(path, folder)) for folder in list_folders(path)}
     if not any(listing.values()):
         raise UserError(f"{path}: no images in class folders; unpack the images of the data set there (docs/data.md)")
-    return listing
-
-
-def label_folders(
-    listing: dict[str, list[str]], wnids: dict[str, str], names: dict[str, str], source: str, prefix: str = ""
-) -> list[Entry]:
-    """Return the entries of class folders.
-
-    Args:
-        listing: image names of each folder.
-        wnids: WordNet id of each folder, in the order of the labels.
-        names: class name of each WordNet id, read from the file ``source``.
-        prefix: put in front of the paths.
-    """
+    wnids = {str(label): wnid for label, wnid in enumerate(names)} if numbered else {name: name for name in listing}
+    if set(wnids) != set(listing):
+        raise UserError(f"{source}: {len(names)} classes, but the image folders are not 0 to {len(names) - 1}")
     entries: list[Entry] = []
     for label, (folder, wnid) in enumerate(wnids.items()):
         if wnid not in names:

@@ -11,6 +11,8 @@ import os
 import shutil
 import tempfile
 import zlib
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from dassl.data.datasets import DATASET_REGISTRY
@@ -67,12 +69,8 @@ def draw_dataset(folder: str, style: str, split_file: str) -> None:
     temporary = tempfile.mkdtemp(dir=os.path.dirname(folder), prefix=f".{os.path.basename(folder)}-")
     try:
         split: dict[str, list] = {part: [] for part in COUNTS}
-        jobs = [
-            (label, kind, part, i)
-            for label, kind in enumerate(sorted(KINDS))
-            for part, count in COUNTS.items()
-            for i in range(count)
-        ]
+        numbers = [(part, i) for part, count in COUNTS.items() for i in range(count)]
+        jobs = [(*job, *number) for job in enumerate(sorted(KINDS)) for number in numbers]
         print(f"Drawing {len(jobs)} images into {folder}")
         for label, kind, part, i in tqdm(jobs, desc=os.path.basename(folder), disable=None):
             path = f"{kind.replace(' ', '_')}/{part}_{i + 1:02d}.png"
@@ -81,8 +79,7 @@ def draw_dataset(folder: str, style: str, split_file: str) -> None:
             draw(kind, STYLES[style], random, PIXELS).image.save(os.path.join(temporary, "images", path))
             split[part].append([path, label, kind])
         for name, content in ((split_file, split), (MARK, expected)):
-            with open(os.path.join(temporary, name), "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
+            Path(temporary, name).write_text(json.dumps(content, indent=1), encoding="utf-8")
         os.chmod(temporary, 0o755)
         try:
             os.rename(temporary, folder)
@@ -96,10 +93,7 @@ def draw_dataset(folder: str, style: str, split_file: str) -> None:
 def _is_drawn(folder: str, expected: dict[str, Any]) -> bool:
     if not os.path.isdir(folder):
         return False
-    try:
-        found = read_json(os.path.join(folder, MARK))
-    except (OSError, ValueError):
-        found = None
-    if found != expected:
-        raise UserError(f"{folder}: not drawn by this version; delete the folder to have it drawn again")
-    return True
+    with suppress(OSError, ValueError):
+        if read_json(os.path.join(folder, MARK)) == expected:
+            return True
+    raise UserError(f"{folder}: not drawn by this version; delete the folder to have it drawn again")

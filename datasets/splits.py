@@ -11,9 +11,9 @@ import math
 import os
 import pickle
 import random
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, NamedTuple, Optional
 
 from trainers.prompting.errors import UserError
@@ -39,11 +39,7 @@ Split = dict[str, list[Entry]]  # entries of "train", "val" and "test"
 
 @contextmanager
 def python_random(seed: int) -> Iterator[None]:
-    """Seed Python's ``random`` and restore its global state afterwards; a negative seed changes nothing.
-
-    CoOp draws right after seeding, so the samples are the same. Unlike there, other draws in the process neither change
-    the sample nor are changed by it.
-    """
+    """Seed Python's ``random``, as CoOp does, and restore its state afterwards; a negative seed changes nothing."""
     if seed < 0:
         yield
         return
@@ -57,42 +53,42 @@ def python_random(seed: int) -> Iterator[None]:
 
 def by_label(entries: Sequence[Entry]) -> list[list[Entry]]:
     """Group entries by label, labels in order of first appearance."""
-    groups: defaultdict[int, list[Entry]] = defaultdict(list)
+    groups: dict[int, list[Entry]] = {}
     for item in entries:
-        groups[item.label].append(item)
+        groups.setdefault(item.label, []).append(item)
     return list(groups.values())
 
 
-# ------------------------------------------------------------------------------------------------- making a split
-
-
-def split_trainval(trainval: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
+def split_trainval(trainval: Sequence[Entry]) -> Split:
     """Split annotated training images into training and validation images, 80 % and 20 % of each class."""
-    train, val = [], []
+    split: Split = {"train": [], "val": []}
     for items in by_label(trainval):
         n_val = round(len(items) * P_VAL)
         _require_images(n_val, items[0].classname, len(items))
         random.shuffle(items)
-        val += items[:n_val]
-        train += items[n_val:]
-    return train, val
+        split["val"] += items[:n_val]
+        split["train"] += items[n_val:]
+    return split
 
 
 def split_classes(classes: Sequence[tuple[int, str, list[str]]]) -> Split:
-    """Split each class's images into 50 % for training, 20 % for validation and the rest for testing.
+    """Split the images of each class (label, name, paths), half for training, a fifth for validation.
 
-    Args:
-        classes: label, class name and image paths of each class; the lists of paths are shuffled in place.
+    The lists of paths are shuffled in place.
     """
     split: Split = {part: [] for part in SPLITS}
     for label, classname, paths in classes:
         random.shuffle(paths)
         n_train, n_val = round(len(paths) * P_TRAIN), round(len(paths) * P_VAL)
         _require_images(min(n_train, n_val, len(paths) - n_train - n_val), classname, len(paths))
-        ends = (0, n_train, n_train + n_val, len(paths))
-        for part, first, last in zip(SPLITS, ends, ends[1:]):
-            split[part] += [Entry(path, label, classname) for path in paths[first:last]]
+        for part, chosen in zip(SPLITS, cut(paths, n_train, n_val)):
+            split[part] += [Entry(path, label, classname) for path in chosen]
     return split
+
+
+def cut(paths: list[str], n_train: int, n_val: int) -> tuple[list[str], ...]:
+    """Cut a list into three."""
+    return paths[:n_train], paths[n_train : n_train + n_val], paths[n_train + n_val :]
 
 
 def _require_images(smallest_part: int, classname: str, total: int) -> None:
@@ -101,12 +97,7 @@ def _require_images(smallest_part: int, classname: str, total: int) -> None:
 
 
 def subsample_classes(parts: Split, subset: str) -> Split:
-    """Keep all classes, the base classes or the new ones; the labels that remain are renumbered from 0.
-
-    Args:
-        parts: entries of each part; the labels are those of ``train``.
-        subset: ``all``, ``base`` (the first ceil(C / 2) labels) or ``new`` (the others).
-    """
+    """Keep all classes, the base (the first ceil(C / 2) labels of ``train``) or the new ones; renumber them from 0."""
     if subset not in SUBSETS:
         raise UserError(f"DATASET.SUBSAMPLE_CLASSES {subset}: choose one of {', '.join(SUBSETS)}")
     if subset == "all":
@@ -124,9 +115,6 @@ def subsample_classes(parts: Split, subset: str) -> Split:
     }
 
 
-# ------------------------------------------------------------------------------------------------- checks
-
-
 def check_labels(parts: Split, source: str) -> None:
     """Check that every label up to the largest one has training images and exactly one class name.
 
@@ -134,24 +122,20 @@ def check_labels(parts: Split, source: str) -> None:
         UserError: naming ``source``, the file or folder the entries come from.
     """
     names: dict[int, str] = {}
-    for item in (item for entries in parts.values() for item in entries):
-        if names.setdefault(item.label, item.classname) != item.classname:
-            raise UserError(
-                f'{source}: label {item.label} is both "{names[item.label]}" and "{item.classname}"; give it one name'
-            )
-    for label, name in names.items():
+    for item in chain.from_iterable(parts.values()):
+        name = names.setdefault(item.label, item.classname)
+        if name != item.classname:
+            raise UserError(f'{source}: label {item.label} is both "{name}" and "{item.classname}"; give it one name')
         if not clean_name(name).strip():
-            raise UserError(f"{source}: label {label} has an empty class name; give it one")
+            raise UserError(f"{source}: label {item.label} has an empty class name; give it one")
     trained = {item.label for item in parts["train"]}
     if not trained:
         raise UserError(f"{source}: no training images; add some")
-    for label in range(max(names) + 1):
-        if label not in trained:
-            name = f' ("{names[label]}")' if label in names else ""
-            raise UserError(
-                f"{source}: class {label}{name} has no training images; add some or remove the class (labels count "
-                "from 0)"
-            )
+    for label in set(range(max(names) + 1)) - trained:
+        name = f' ("{names[label]}")' if label in names else ""
+        raise UserError(
+            f"{source}: class {label}{name} has no training images; add some or remove the class (labels count from 0)"
+        )
 
 
 def check_files(images: str, parts: Split) -> None:
@@ -159,17 +143,12 @@ def check_files(images: str, parts: Split) -> None:
     if not os.path.isdir(images):
         raise UserError(f"{images}: no such folder; unpack the images of the data set there (docs/data.md)")
     listed: dict[str, set[str]] = {}
-    for item in (item for entries in parts.values() for item in entries):
-        folder, name = os.path.split(item.path)
+    for path in (os.path.join(images, item.path) for item in chain.from_iterable(parts.values())):
+        folder, name = os.path.split(path)
         if folder not in listed:
-            path = os.path.join(images, folder)
-            listed[folder] = set(os.listdir(path)) if os.path.isdir(path) else set()
+            listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         if name not in listed[folder]:
-            path = os.path.join(images, item.path)
             raise UserError(f"{path}: this image of the split is missing; unpack the data set again")
-
-
-# ------------------------------------------------------------------------------------------------- split files
 
 
 def read_json(path: str) -> Any:
@@ -182,7 +161,7 @@ def read_json(path: str) -> Any:
 
 
 def to_entry(row: Sequence[Any]) -> Entry:
-    """Convert ``[path, label, class name]`` from a JSON file. Raises ValueError or TypeError where it is malformed."""
+    """Convert ``[path, label, class name]`` from a JSON file. Raises ValueError or TypeError."""
     path, label, classname = row
     if isinstance(label, float) or int(label) < 0 or not isinstance(classname, str) or not isinstance(path, str):
         raise ValueError(f"{path} has the label {label} and the class name {classname!r}")
@@ -198,24 +177,14 @@ def read_split(path: str) -> Split:
         split = read_json(path)
         return {part: [to_entry(row) for row in split[part]] for part in SPLITS}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not a split file of CoOp ({type(error).__name__}: {error}); download it again"
-        ) from error
-
-
-def write_split(path: str, split: Split) -> None:
-    """Write a split in CoOp's format, atomically."""
-    write_text(path, json.dumps(split, indent=4))
-    print(f"Saved split to {path}")
-
-
-# ------------------------------------------------------------------------------------------------- few-shot samples
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: not a split file of CoOp ({reason}); download it again") from error
 
 
 def draw(entries: Sequence[Entry], shots: int) -> list[Entry]:
     """Draw ``shots`` entries of each label; all entries of a label that has fewer."""
-    groups = by_label(entries)
-    return [item for items in groups for item in (random.sample(items, shots) if len(items) >= shots else items)]
+    drawn = (random.sample(items, shots) if len(items) >= shots else items for items in by_label(entries))
+    return list(chain.from_iterable(drawn))
 
 
 def warn_of_small_classes(train: Sequence[Entry], shots: int) -> None:
@@ -228,15 +197,9 @@ def warn_of_small_classes(train: Sequence[Entry], shots: int) -> None:
 
 
 def read_sample(path: str, parts: Sequence[str], prefix: str, source: str) -> Optional[Split]:
-    """Read a stored few-shot sample.
+    """Read a stored few-shot sample; None where no file exists, or it is damaged or was drawn from other images.
 
-    Args:
-        parts: those that it has to hold.
-        prefix: image folder relative to the data root, with "/" at the end; stored paths begin with it.
-        source: digest of the images to draw from.
-
-    Returns:
-        The sample; None where no file exists, or it is damaged or was drawn from other images.
+    Stored paths begin with ``prefix``; ``source`` is a digest of the images to draw from.
     """
     if not os.path.isfile(path):
         return None
@@ -246,7 +209,7 @@ def read_sample(path: str, parts: Sequence[str], prefix: str, source: str) -> Op
             print(f"{path}: drawn from other images than the current ones; it is replaced")
             return None
         sample = {part: [to_entry(row) for row in stored[part]] for part in parts}
-        if not all(item.path.startswith(prefix) for items in sample.values() for item in items):
+        if not all(item.path.startswith(prefix) for item in chain.from_iterable(sample.values())):
             raise ValueError(f"paths outside {prefix}")
     except (ValueError, KeyError, TypeError) as error:
         print(f"{path}: not a few-shot sample ({type(error).__name__}: {error}); it is replaced")
@@ -262,9 +225,6 @@ def write_sample(path: str, sample: Split, prefix: str, source: str) -> None:
         print(f"Saving preprocessed few-shot data to {path}")
     except OSError as error:
         print(f"{path}: few-shot data not saved ({error.strerror})")
-
-
-# ------------------------------------------------------------------------------------------------- CoOp's pickles
 
 
 class PickledDatum:
@@ -283,15 +243,18 @@ class DatumUnpickler(pickle.Unpickler):
 
 
 def read_pickled(path: str) -> dict[str, list[tuple[str, int, str]]]:
-    """Read a pickle of CoOp: ``{part: [(path on the machine that wrote it, label, class name), …]}``.
+    """Read a pickle of CoOp: ``{part: [(path on the machine that wrote it, label, name), …]}``. Raises UserError."""
 
-    Raises:
-        UserError: it holds anything else.
-    """
+    def fields(item: Any) -> tuple[str, int, str]:
+        values = item._impath, item._label, item._classname
+        if not isinstance(item, PickledDatum) or [type(value) for value in values] != [str, int, str]:
+            raise TypeError(f"{type(item).__name__} is not an image")
+        return values
+
     try:
         with open(path, "rb") as file:
             content = DatumUnpickler(file).load()
-        return {str(part): [_fields(item) for item in items] for part, items in content.items()}
+        return {str(part): [fields(item) for item in items] for part, items in content.items()}
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 (damaged pickles raise almost anything)
@@ -299,22 +262,18 @@ def read_pickled(path: str) -> dict[str, list[tuple[str, int, str]]]:
         raise UserError(f"{path}: not a list of images written by CoOp ({reason}); delete it") from error
 
 
-def _fields(item: Any) -> tuple[str, int, str]:
-    fields = item._impath, item._label, item._classname
-    if not isinstance(item, PickledDatum) or [type(field) for field in fields] != [str, int, str]:
-        raise TypeError(f"{type(item).__name__} is not an image")
-    return fields
-
-
-def match_pickled(path: str, part: str, rows: Sequence[tuple[str, int, str]], entries: Sequence[Entry]) -> list[Entry]:
-    """Find the images of a pickle among a part's entries by the ends of their paths. Raises UserError."""
-    known = {item.path: item for item in entries}
-    matched = []
-    for impath, label, classname in rows:
-        words = impath.replace("\\", "/").split("/")
-        tails = ("/".join(words[i:]) for i in range(len(words)))
-        found = next((known[tail] for tail in tails if tail in known), None)
-        if found is None or (found.label, found.classname) != (label, classname):
-            raise UserError(f'{path}: {impath} ("{classname}", {label}) is not a {part} image of the split; delete it')
-        matched.append(found)
+def match_pickled(path: str, parts: Split) -> Split:
+    """Find the images of a pickle among the entries of each part by the ends of their paths. Raises UserError."""
+    pickled, matched = read_pickled(path), {}
+    for part, entries in parts.items():
+        if part not in pickled:
+            raise UserError(f'{path}: it has no "{part}"; delete it')
+        known, matched[part] = {item.path: item for item in entries}, []
+        for impath, label, name in pickled[part]:
+            words = impath.replace("\\", "/").split("/")
+            tails = ("/".join(words[i:]) for i in range(len(words)))
+            found = next((known[tail] for tail in tails if tail in known), None)
+            if found is None or (found.label, found.classname) != (label, name):
+                raise UserError(f'{path}: {impath} ("{name}", {label}) is not a {part} image of the split; delete it')
+            matched[part].append(found)
     return matched

@@ -9,7 +9,6 @@ import pickle
 import random
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import trees
@@ -183,9 +182,6 @@ def test_samples_match_original_coop(golden, real_data):
         assert (data.num_classes, digest(data.classnames)) == (expected["classes"], expected["classnames_sha256"])
 
 
-# ------------------------------------------------------------------------------------------------- samples, caches
-
-
 def sample_file(root, tree, shots=SHOTS, seed=SEED, ending="json"):
     return root / tree.folder / "split_fewshot" / f"shot_{shots}-seed_{seed}.{ending}"
 
@@ -262,16 +258,13 @@ def test_two_processes_make_split_and_sample_at_once(tmp_path):
     for run in runs:
         run.join(60)
     assert [run.exitcode for run in runs] == [0, 0]
-    split = {
-        p: [tuple(row) for row in rows]
-        for p, rows in json.loads((tmp_path / "ucf101" / tree.split_file).read_text()).items()
-    }
+    stored = json.loads((tmp_path / "ucf101" / tree.split_file).read_text())
+    split = {part: [tuple(row) for row in rows] for part, rows in stored.items()}
     for seed in (1, 2):
         data = build(tmp_path, tree.name, SHOTS, "all", seed)
         assert set(found(data.train_x, tmp_path, tree)) <= set(split["train"])
         assert found(data.test, tmp_path, tree) == split["test"]
-    hidden = {path.name for path in (tmp_path / "ucf101").rglob(".*")}
-    assert hidden <= {f".{tree.split_file}.lock"}
+    assert {path.name for path in (tmp_path / "ucf101").rglob(".*")} <= {f".{tree.split_file}.lock"}
 
 
 def test_a_class_with_fewer_images_than_shots(tmp_path, capsys):
@@ -281,9 +274,6 @@ def test_a_class_with_fewer_images_than_shots(tmp_path, capsys):
     counts = [sum(item.label == label for item in data.train_x) for label in range(5)]
     assert counts == [5, 6, 6, 6, 6]  # halves of 10, 11, 12, 13, 14, rounded
     assert 'Warning: 1 of 5 classes have fewer than 6 training images: "Annual Crop Land" 5' in capsys.readouterr().out
-
-
-# ------------------------------------------------------------------------------------------------- CoOp's pickles
 
 
 def _init(self, impath, label, classname):
@@ -368,17 +358,6 @@ def test_a_malicious_pickle_executes_nothing(protocol, wrap, tmp_path):
     assert Malicious.mark.exists()
 
 
-def test_an_image_that_has_gone_from_a_kept_sample(tmp_path):
-    tree = trees.imagenet(tmp_path)
-    victim = Path(build(tmp_path, tree.name).train_x[0].impath)
-    victim.unlink()
-    os.utime(victim.parent, ns=(1, 1))
-    assert str(victim) not in [item.impath for item in build(tmp_path, tree.name).train_x]
-
-
-# ------------------------------------------------------------------------------------------------- bad trees
-
-
 @pytest.mark.parametrize("make", trees.ALL, ids=name_of)
 def test_no_folder_no_images(make, tmp_path):
     tree = make(tmp_path / "good")
@@ -410,27 +389,6 @@ def test_annotations_that_are_missing_or_damaged(make, tmp_path):
     build(tmp_path, tree.name)
 
 
-def test_a_class_too_small_to_be_split(tmp_path):
-    tree = trees.food101(tmp_path)
-    for path in (tmp_path / "food-101/images/sushi").iterdir():
-        if path.name != "sushi_03.jpg":
-            path.unlink()
-    assert 'class "sushi" has 1 image' in message(tmp_path, tree.name)
-
-
-def test_a_folder_without_images_or_without_a_class_name(tmp_path):
-    tree = trees.imagenet_r(tmp_path)
-    path = tmp_path / tree.folder / tree.images / "n01491361"
-    path.mkdir()
-    assert "no images of n01491361" in message(tmp_path, tree.name)
-    path = path.rename(path.with_name("n99999999"))
-    shutil.copy(next((tmp_path / tree.folder / tree.images / "n01440764").iterdir()), path)
-    assert '"n99999999"' in message(tmp_path, tree.name)
-
-
-# ------------------------------------------------------------------------------------------------- bad splits
-
-
 @pytest.fixture
 def caltech(data_root, tmp_path):
     """A copy of a miniature Caltech101 with a split file, and a function that changes the file."""
@@ -445,10 +403,26 @@ def caltech(data_root, tmp_path):
     return root, path, edit
 
 
-def test_no_data_root(tmp_path):
-    assert "caltech-101" in message(tmp_path, "Caltech101") and "--root" in message(tmp_path, "Caltech101")
+def test_user_mistakes_are_named(caltech, tmp_path):
+    root, _, _ = caltech
     assert str(tmp_path / "none") in message(tmp_path / "none", "Caltech101")
     assert "--root" in message("", "Caltech101")
+    assert "all, base, new" in message(root, "Caltech101", 1, "old")
+    caltech_tree(tmp_path / "one", NAMES[:1], train=1, val=1, test=1)
+    assert "SUBSAMPLE_CLASSES new" in message(tmp_path / "one", "Caltech101", 1, "new")
+    victim = root / "caltech-101" / "101_ObjectCategories" / "face" / "image_0009.jpg"  # a test image
+    victim.unlink()
+    assert str(victim) in message(root, "Caltech101")
+    trees.food101(tmp_path)
+    for path in list((tmp_path / "food-101/images/sushi").iterdir())[1:]:
+        path.unlink()
+    assert 'class "sushi" has 1 image' in message(tmp_path, "Food101")
+    images = tmp_path / trees.imagenet_r(tmp_path).folder / "imagenet-r"
+    folder = images / "n01491361"
+    folder.mkdir()
+    assert "no images of n01491361" in message(tmp_path, "ImageNetR")
+    shutil.copy(images / "n01440764/0.jpg", folder.rename(images / "n99999999"))
+    assert '"n99999999"' in message(tmp_path, "ImageNetR")
 
 
 def test_split_files_that_are_malformed(caltech):
@@ -458,15 +432,6 @@ def test_split_files_that_are_malformed(caltech):
     for content in ("{", "[1, 2]", '{"train": []}', *wrong):
         path.write_text(content)
         assert f"{path}: not a split file" in message(root, "Caltech101")
-
-
-def test_a_missing_image_is_named(caltech):
-    root, _, _ = caltech
-    victim = root / "caltech-101" / "101_ObjectCategories" / "face" / "image_0009.jpg"  # a test image
-    victim.unlink()
-    assert str(victim) in message(root, "Caltech101")
-    shutil.rmtree(victim.parent)
-    assert str(victim.parent) in message(root, "Caltech101")
 
 
 def test_classes_without_images_or_with_two_names(caltech):
@@ -479,9 +444,3 @@ def test_classes_without_images_or_with_two_names(caltech):
     assert "empty class name" in edit(lambda part, rows: [(i, label, n if label else "_") for i, label, n in rows])
     assert "no training images" in edit(lambda part, rows: [] if part == "train" else rows)
     assert "no test images" in edit(lambda part, rows: [] if part == "test" else rows)
-
-
-def test_subsets_that_do_not_exist(caltech, tmp_path):
-    assert "all, base, new" in message(caltech[0], "Caltech101", 1, "old")
-    caltech_tree(tmp_path / "one", NAMES[:1], train=1, val=1, test=1)
-    assert "SUBSAMPLE_CLASSES new" in message(tmp_path / "one", "Caltech101", 1, "new")

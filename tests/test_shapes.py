@@ -72,13 +72,6 @@ def test_made_once_and_the_same_everywhere(few, tmp_path):
     assert len(images) == len(set(images)) == 2 * len(KINDS) * sum(COUNTS.values())  # no image occurs twice
 
 
-def test_base_and_new_halves(few, tmp_path):
-    base, new = (shapes.Shapes(config(tmp_path, subset)) for subset in ("base", "new"))
-    assert base.classnames + new.classnames == sorted(KINDS)
-    assert base.num_classes == (len(KINDS) + 1) // 2
-    assert {item.label for item in new.test} == set(range(new.num_classes))
-
-
 def test_a_folder_with_other_content_is_not_touched(few, tmp_path):
     (tmp_path / "shapes").mkdir()
     (tmp_path / "shapes" / "thesis.txt").write_text("mine")
@@ -122,7 +115,7 @@ def test_interrupted_or_overtaken(few, tmp_path, monkeypatch):
 def test_the_embedded_clip_has_room_to_improve(data_set):
     """Zero-shot accuracy is far above chance and well below 90 %."""
     from trainers.prompting.backbone import load_clip
-    from trainers.prompting.text import encode_texts
+    from trainers.prompting.text_encoder import encode_texts
 
     backbone, n = load_clip("tiny"), 5
     texts = encode_texts(backbone, [f"a photo of a {kind}." for kind in KINDS])

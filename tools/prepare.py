@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from textwrap import indent
 from typing import Optional
@@ -21,45 +23,34 @@ from typing import Optional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import fallback  # isort: skip  # noqa: F401 (makes `import dassl` work)
-from dataset_check import check, dataset_class
-from dataset_fetch import SOURCES, Source, exists, fetch
+from dassl.config import get_cfg_default
+from dassl.data.datasets import DATASET_REGISTRY
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+import datasets
+from dataset_fetch import SOURCES, Source, copied, fetch
 from datasets import shapes
+from datasets.splits import check_labels
 from toy.drawing import KINDS
+from trainers.prompting.data import read_image
 from trainers.prompting.errors import UserError
 
-DRAWN = ("shapes", "shapes_shifted")
-OWN = "folder"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "datasets"
+DRAWN, OWN = ("shapes", "shapes_shifted"), "folder"
 
 
-def checklist(config: str, root: str) -> str:
-    """Return what exists of a data set, what is missing and who has it, one line for each part."""
-    source = SOURCES[config]
-    folder, missing = os.path.join(root, source.folder), source.missing(root)
-    kinds = dict.fromkeys(source.images, "images") | dict.fromkeys(source.raw, "annotations")
-    lines = [f"{config}: {folder}"]
-    for part in source.parts:
-        download = source.download_of(part)
-        if part not in missing:
-            mark, note = ("x", "") if exists(folder, part) else ("-", "read only without CoOp's split")
-        elif download is None:
-            mark, note = " ", "by hand"
-        else:
-            place = download.url.split("/")[2] if download.url else "Google Drive"
-            if download.copy and os.path.isfile(os.path.join(root, download.copy)):
-                place = f"copied from {download.copy}"
-            file = "" if download.file == part else download.file
-            mark, note = " ", ", ".join(filter(None, (file, download.size, place)))
-        kind = kinds.get(part, "split" if part.endswith(".json") else "class names")
-        lines.append(f"  [{mark}] {part:{max(map(len, source.parts))}}  {kind:11}  {note}".rstrip())
-    return "\n".join(lines)
+def dataset_class(config: str, root: str) -> tuple[type, CfgNode]:
+    """Return the class of ``configs/datasets/<config>.yaml`` and a config to read it from a data root."""
+    cfg = get_cfg_default()
+    datasets.extend_cfg(cfg)
+    cfg.merge_from_other_cfg(CfgNode.load_cfg((CONFIGS / f"{config}.yaml").read_text(encoding="utf-8")))
+    cfg.DATASET.ROOT, cfg.SEED = root, 1
+    return DATASET_REGISTRY.get(cfg.DATASET.NAME), cfg
 
 
 def prepare(config: str, root: str, dry_run: bool) -> bool:
-    """Print what is missing of a data set and, except in a dry run, get it. Returns whether it is complete.
-
-    Raises:
-        UserError: something cannot be downloaded.
-    """
+    """Print what is missing of a data set and, except in a dry run, get it. Returns whether it is complete."""
     if config == OWN:
         print(f"{config}: your own images, --root is their folder; docs/data.md shows the layout")
         return True
@@ -71,10 +62,18 @@ def prepare(config: str, root: str, dry_run: bool) -> bool:
         print(f"{config}: {folder}\n  [{'x' if os.path.isdir(folder) else ' '}] drawn by this program, no download")
         return os.path.isdir(folder)
     source = SOURCES[config]
-    missing = source.missing(root)
-    print(checklist(config, root), flush=True)
+    folder, missing = os.path.join(root, source.folder), source.missing(root)
+    print(f"{config}: {folder}")
+    for part in source.parts:
+        mark, note, download = " ", "by hand", source.download_of(part)
+        if part not in missing:
+            mark, note = "x", ""
+        elif download:
+            place = copied(download, root) or (download.url.split("/")[2] if download.url else "Google Drive")
+            note = ", ".join(filter(None, ("" if download.file == part else download.file, download.size, place)))
+        print(f"  [{mark}] {part:{max(map(len, source.parts))}}  {note}".rstrip(), flush=True)
     if any(source.download_of(part) is None for part in missing):
-        print(indent(source.manual.rstrip().format(folder=os.path.join(root, source.folder)), "    "))
+        print(indent(source.manual.rstrip().format(folder=folder), "    "))
     elif missing and not dry_run:
         fetch(source, root)
         print(f"{config}: complete")
@@ -82,29 +81,45 @@ def prepare(config: str, root: str, dry_run: bool) -> bool:
     return not missing
 
 
-def check_all(configs: Sequence[str], root: str, workers: int) -> bool:
-    """Check data sets: print a line for every problem, then one for each data set. Returns whether all are complete."""
-    rows = []
-    for config in configs:
-        source = SOURCES.get(config)
-        if config in DRAWN:
-            source = Source("", len(KINDS), {part: count * len(KINDS) for part, count in shapes.COUNTS.items()})
-        result = check(config, root, source, workers)
-        for problem in result.problems:
-            print(problem, flush=True)
-        n = len(result.problems)
-        rows.append((config, result, f"{n:,} problem{'s' * (n > 1)}" if n else "complete"))
-    for config, result, verdict in rows:
-        name = config.ljust(max(map(len, configs)))
-        print(f"{name}  {result.images:>9,} images  {result.classes:>5,} classes  {verdict}")
-    return not any(result.problems for _, result, _ in rows)
+def check(config: str, root: str, workers: int) -> tuple[list[str], str]:
+    """Check a data set offline, without writing. Returns a line for every problem; counts of images and classes."""
+    source = SOURCES.get(config)
+    if config in DRAWN:
+        source = Source("", len(KINDS), {part: count * len(KINDS) for part, count in shapes.COUNTS.items()})
+    cls, cfg = dataset_class(config, root)
+    try:
+        folder, parts = cls.survey(cfg)
+        check_labels({**parts, "train": parts["test"]} if cls.test_only else parts, source=folder)
+    except (UserError, OSError) as error:
+        return [str(error)], ""
+    paths = dict.fromkeys(os.path.join(folder, entry.path) for entries in parts.values() for entry in entries)
+    with warnings.catch_warnings(), ThreadPool(workers) as pool:  # Pillow releases Python's lock while it decodes
+        warnings.simplefilter("ignore")  # of odd metadata
+        reasons = pool.imap(_problem, paths, chunksize=32)
+        problems = list(filter(None, tqdm(reasons, config, len(paths), leave=False, unit=" images", disable=None)))
+    found = {f"{part} images": len(entries) for part, entries in parts.items()}
+    found["classes"] = len({entry.label for entry in parts["test"] + parts["train"]})
+    published = (
+        {f"{part} images": n for part, n in source.counts.items()} | {"classes": source.classes} if source else {}
+    )
+    for kind, n in published.items():
+        if found[kind] != n:
+            problems.append(f"{config}: {found[kind]:,} {kind}, but {n:,} are published")
+    return problems, f"{len(paths):>9,} images  {found['classes']:>5,} classes"
+
+
+def _problem(path: str) -> str:
+    """Return why an image cannot be read for training, or nothing."""
+    try:
+        read_image(path)
+        return ""
+    except OSError as error:
+        return str(error)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     names = [*SOURCES, *DRAWN, OWN]
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog=f"data sets: {', '.join(names)}; all: the first {len(SOURCES)}"
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=f"data sets: {', '.join(names)}")
     parser.add_argument("datasets", nargs="+", metavar="DATASET", choices=[*names, "all"], help="see below")
     parser.add_argument("--root", required=True, help="folder of the data sets")
     mode = parser.add_mutually_exclusive_group()
@@ -120,20 +135,29 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f"error: {root}: no such folder; create it or correct --root", file=sys.stderr)
         return 2
     if args.check:
-        return 0 if check_all(chosen, root, args.workers) else 1
-    complete = {}
+        rows = []
+        for config in chosen:
+            problems, numbers = check(config, root, args.workers)
+            sys.stdout.writelines(f"{problem}\n" for problem in problems)
+            n = len(problems)
+            verdict = f"{n:,} problem{'s' * (n > 1)}" if n else "complete"
+            rows.append("  ".join(filter(None, (config.ljust(max(map(len, chosen))), numbers, verdict))))
+        print(*rows, sep="\n")
+        return 0 if all(row.endswith("complete") for row in rows) else 1
+    lacking = []
     for config in chosen:
         try:
-            complete[config] = prepare(config, root, args.dry_run)
+            complete = prepare(config, root, args.dry_run)
         except (UserError, OSError) as error:  # go on with the next data set
             print(f"error: {config}: {error}", file=sys.stderr)
-            complete[config] = False
+            complete = False
         except KeyboardInterrupt:
             print(f"{config}: interrupted; call again to continue", file=sys.stderr)
             return 1
-    lacking = [config for config in chosen if not complete[config]]
+        lacking += [] if complete else [config]
     if len(chosen) > 1:
-        print(f"{sum(complete.values())} of {len(chosen)} complete; incomplete: {', '.join(lacking) or 'none'}")
+        done = len(chosen) - len(lacking)
+        print(f"{done} of {len(chosen)} complete; incomplete: {', '.join(lacking) or 'none'}")
     return 1 if lacking and not args.dry_run else 0
 
 

@@ -19,18 +19,10 @@ OVERSAMPLING = 2  # drawn larger, then averaged for smooth edges
 Shape = list[tuple[int, np.ndarray]]  # (role, (N, 2) corners), later ones on top
 
 COLOURS = {
-    "red": (214, 40, 40),
-    "orange": (244, 130, 30),
-    "yellow": (246, 210, 50),
-    "green": (56, 150, 60),
-    "blue": (40, 90, 200),
-    "purple": (125, 55, 160),
-    "pink": (240, 140, 180),
-    "brown": (125, 78, 45),
-    "white": (240, 240, 240),
-    "gray": (130, 130, 130),
-    "black": (28, 28, 28),
-}
+    "red": (214, 40, 40), "orange": (244, 130, 30), "yellow": (246, 210, 50), "green": (56, 150, 60),
+    "blue": (40, 90, 200), "purple": (125, 55, 160), "pink": (240, 140, 180), "brown": (125, 78, 45),
+    "white": (240, 240, 240), "gray": (130, 130, 130), "black": (28, 28, 28),
+}  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------- polygons
 
@@ -71,55 +63,12 @@ def _arch(x: float, y: float, radius: float, width: float, start: float, end: fl
 
 # ------------------------------------------------------------------------------------------------- the kinds
 
-KINDS: dict[str, Callable[[RandomState], Shape]] = {}
 
-
-def _kind(name: str) -> Callable[[Callable[[RandomState], Shape]], Callable[[RandomState], Shape]]:
-    def register(function: Callable[[RandomState], Shape]) -> Callable[[RandomState], Shape]:
-        KINDS[name] = function
-        return function
-
-    return register
-
-
-@_kind("apple")
-def _apple(r: RandomState) -> Shape:
-    return [
-        (MAIN, _ellipse(-0.3, 0.2, 0.55, 0.68)),
-        (MAIN, _ellipse(0.3, 0.2, 0.55, 0.68)),
-        (DETAIL, _line(0, -0.4, r.uniform(-0.1, 0.2), -0.9, 0.12)),
-        (ACCENT, _ellipse(0.3, -0.68, 0.28, 0.13)),
-    ]
-
-
-@_kind("arrow")
 def _arrow(r: RandomState) -> Shape:
     shaft, head = r.uniform(0.12, 0.25), r.uniform(0.45, 0.75)
     return [(MAIN, _box(-0.95, -shaft, 0.3, shaft)), (MAIN, _polygon((0.2, -head), (0.95, 0), (0.2, head)))]
 
 
-@_kind("bell")
-def _bell(r: RandomState) -> Shape:
-    return [
-        (DETAIL, _ellipse(0, 0.72, 0.2, 0.2)),
-        (MAIN, _ellipse(0, -0.25, 0.48, 0.55, 180, 360)),
-        (MAIN, _polygon((-0.48, -0.25), (0.48, -0.25), (0.55, 0.35), (0.85, 0.65), (-0.85, 0.65), (-0.55, 0.35))),
-        (ACCENT, _box(-0.8, 0.5, 0.8, 0.66)),
-        (DETAIL, _ellipse(0, -0.84, 0.12, 0.12)),
-    ]
-
-
-@_kind("boat")
-def _boat(r: RandomState) -> Shape:
-    shape = [
-        (MAIN, _polygon((-0.95, 0.35), (0.95, 0.35), (0.6, 0.85), (-0.6, 0.85))),
-        (DETAIL, _box(-0.06, -0.9, 0.04, 0.35)),
-        (ACCENT, _polygon((0.1, -0.85), (0.1, 0.2), (0.8, 0.2))),
-    ]
-    return shape + ([(ACCENT, _polygon((-0.14, -0.6), (-0.14, 0.2), (-0.7, 0.2)))] if r.rand() < 0.5 else [])
-
-
-@_kind("bottle")
 def _bottle(r: RandomState) -> Shape:
     width = r.uniform(0.32, 0.45)
     neck = width * 0.45
@@ -131,7 +80,6 @@ def _bottle(r: RandomState) -> Shape:
     ]
 
 
-@_kind("butterfly")
 def _butterfly(r: RandomState) -> Shape:
     wings = []
     for side in (-1, 1):
@@ -144,7 +92,6 @@ def _butterfly(r: RandomState) -> Shape:
     return [*wings, (DETAIL, _ellipse(0, 0.05, 0.1, 0.65))]
 
 
-@_kind("candle")
 def _candle(r: RandomState) -> Shape:
     top = r.uniform(-0.35, -0.1)
     return [
@@ -155,7 +102,6 @@ def _candle(r: RandomState) -> Shape:
     ]
 
 
-@_kind("car")
 def _car(r: RandomState) -> Shape:
     roof = r.uniform(-0.6, -0.45)
     return [
@@ -170,7 +116,6 @@ def _car(r: RandomState) -> Shape:
     ]
 
 
-@_kind("clock")
 def _clock(r: RandomState) -> Shape:
     shape = [(MAIN, _ellipse(0, 0, 0.92, 0.92)), (ACCENT, _ellipse(0, 0, 0.74, 0.74))]
     for hand, length, width in ((r.uniform(0, 6.3), 0.6, 0.08), (r.uniform(0, 6.3), 0.38, 0.12)):
@@ -181,45 +126,6 @@ def _clock(r: RandomState) -> Shape:
     return shape
 
 
-@_kind("cloud")
-def _cloud(r: RandomState) -> Shape:
-    return [
-        (MAIN, _ellipse(-0.5, 0.15, 0.45, 0.36)),
-        (MAIN, _ellipse(r.uniform(-0.2, 0.05), -0.15, 0.5, 0.46)),
-        (MAIN, _ellipse(0.5, 0.1, 0.45, 0.4)),
-        (MAIN, _box(-0.55, 0.1, 0.55, 0.5)),
-    ]
-
-
-@_kind("crown")
-def _crown(r: RandomState) -> Shape:
-    corners = [(-0.85, 0.6), (-0.9, -0.5), (-0.45, 0.05), (0, -0.7), (0.45, 0.05), (0.9, -0.5), (0.85, 0.6)]
-    jewels = [(ACCENT, _ellipse(x, y, 0.11, 0.11)) for x, y in ((-0.9, -0.55), (0, -0.75), (0.9, -0.55))]
-    return [(MAIN, _polygon(*corners)), (DETAIL, _box(-0.85, 0.4, 0.85, 0.65)), *jewels]
-
-
-@_kind("cup")
-def _cup(r: RandomState) -> Shape:
-    shape = [
-        (MAIN, _arch(0.52, 0.05, 0.38, 0.14, -90, 90)),
-        (MAIN, _polygon((-0.7, -0.55), (0.55, -0.55), (0.42, 0.65), (-0.55, 0.65))),
-        (ACCENT, _ellipse(-0.07, -0.55, 0.62, 0.13)),
-    ]
-    return shape + ([(DETAIL, _ellipse(-0.07, 0.75, 0.75, 0.12))] if r.rand() < 0.5 else [])
-
-
-@_kind("diamond")
-def _diamond(r: RandomState) -> Shape:
-    return [
-        (MAIN, _polygon((-0.55, -0.65), (0.55, -0.65), (0.95, -0.2), (0, 0.9), (-0.95, -0.2))),
-        (ACCENT, _polygon((-0.3, -0.2), (0.3, -0.2), (0, 0.9))),
-        (DETAIL, _line(-0.95, -0.2, 0.95, -0.2, 0.06)),
-        (DETAIL, _line(-0.3, -0.2, 0, -0.65, 0.06)),
-        (DETAIL, _line(0.3, -0.2, 0, -0.65, 0.06)),
-    ]
-
-
-@_kind("envelope")
 def _envelope(r: RandomState) -> Shape:
     fold = r.uniform(0.05, 0.25)
     return [
@@ -230,17 +136,6 @@ def _envelope(r: RandomState) -> Shape:
     ]
 
 
-@_kind("fish")
-def _fish(r: RandomState) -> Shape:
-    return [
-        (ACCENT, _polygon((0.45, 0), (0.95, -0.5), (0.95, 0.5))),
-        (ACCENT, _polygon((-0.2, -0.3), (0.1, -0.72), (0.3, -0.25))),
-        (MAIN, _ellipse(-0.15, 0, 0.75, r.uniform(0.36, 0.5))),
-        (DETAIL, _ellipse(-0.58, -0.1, 0.09, 0.09)),
-    ]
-
-
-@_kind("flag")
 def _flag(r: RandomState) -> Shape:
     shape = [(DETAIL, _box(-0.75, -0.95, -0.62, 0.95))]
     if r.rand() < 0.5:
@@ -248,7 +143,6 @@ def _flag(r: RandomState) -> Shape:
     return [*shape, (MAIN, _polygon((-0.62, -0.9), (0.85, -0.4), (-0.62, 0.1)))]
 
 
-@_kind("flower")
 def _flower(r: RandomState) -> Shape:
     petals = r.randint(5, 8)
     shape = [(DETAIL, _line(0, 0, 0, 0.95, 0.1)), (DETAIL, _ellipse(0.25, 0.62, 0.24, 0.1))]
@@ -257,16 +151,6 @@ def _flower(r: RandomState) -> Shape:
     return [*shape, (ACCENT, _ellipse(0, -0.35, 0.24, 0.24))]
 
 
-@_kind("hammer")
-def _hammer(r: RandomState) -> Shape:
-    return [
-        (ACCENT, _box(-0.1, -0.5, 0.1, 0.95)),
-        (MAIN, _box(-0.6, -0.85, 0.4, -0.4)),
-        (MAIN, _polygon((0.4, -0.85), (0.85, -0.55), (0.4, -0.5))),
-    ]
-
-
-@_kind("heart")
 def _heart(r: RandomState) -> Shape:
     angle = np.linspace(0, 2 * np.pi, 64)
     x = np.sin(angle) ** 3
@@ -274,54 +158,12 @@ def _heart(r: RandomState) -> Shape:
     return [(MAIN, np.stack([0.95 * x, 0.95 * y - 0.08], axis=1))]
 
 
-@_kind("house")
-def _house(r: RandomState) -> Shape:
-    shape = [(DETAIL, _box(0.35, -0.8, 0.55, -0.2))] if r.rand() < 0.5 else []
-    return shape + [
-        (MAIN, _box(-0.7, -0.15, 0.7, 0.9)),
-        (ACCENT, _polygon((-0.92, -0.12), (0, -0.92), (0.92, -0.12))),
-        (DETAIL, _box(-0.15, 0.35, 0.2, 0.9)),
-        (HOLE, _box(-0.52, 0.1, -0.25, 0.4)),
-        (HOLE, _box(0.3, 0.1, 0.55, 0.4)),
-    ]
-
-
-@_kind("ice cream")
-def _ice_cream(r: RandomState) -> Shape:
-    shape = [(ACCENT, _polygon((-0.42, 0.0), (0.42, 0.0), (0, 0.97))), (MAIN, _ellipse(0, -0.2, 0.48, 0.42))]
-    return shape + (
-        [(MAIN, _ellipse(0, -0.62, 0.34, 0.32))] if r.rand() < 0.5 else [(DETAIL, _ellipse(0, -0.65, 0.12, 0.12))]
-    )
-
-
-@_kind("key")
-def _key(r: RandomState) -> Shape:
-    return [
-        (MAIN, _ellipse(-0.55, 0, 0.4, 0.4)),
-        (HOLE, _ellipse(-0.6, 0, 0.18, 0.18)),
-        (MAIN, _box(-0.25, -0.11, 0.95, 0.11)),
-        (MAIN, _box(0.7, 0, 0.85, 0.4)),
-        (MAIN, _box(0.4, 0, 0.55, r.uniform(0.25, 0.4))),
-    ]
-
-
-@_kind("ladder")
 def _ladder(r: RandomState) -> Shape:
     rungs = r.randint(4, 7)
     shape = [(MAIN, _box(-0.5, -0.95, -0.34, 0.95)), (MAIN, _box(0.34, -0.95, 0.5, 0.95))]
     return shape + [(ACCENT, _box(-0.34, y - 0.07, 0.34, y + 0.07)) for y in np.linspace(-0.75, 0.75, rungs)]
 
 
-@_kind("lamp")
-def _lamp(r: RandomState) -> Shape:
-    return [
-        (DETAIL, _box(-0.07, -0.2, 0.07, 0.85)),
-        (DETAIL, _ellipse(0, 0.85, 0.45, 0.12)),
-        (MAIN, _polygon((-0.35, -0.9), (0.35, -0.9), (0.72, -0.1), (-0.72, -0.1))),
-    ]
-
-
-@_kind("leaf")
 def _leaf(r: RandomState) -> Shape:
     along = np.linspace(0, np.pi, 33)
     half = r.uniform(0.4, 0.55) * np.sin(along) ** 0.8
@@ -331,7 +173,6 @@ def _leaf(r: RandomState) -> Shape:
     return [(MAIN, blade), (DETAIL, _line(-0.98, 0, 0.7, 0, 0.08)), *veins]
 
 
-@_kind("moon")
 def _moon(r: RandomState) -> Shape:
     thickness = r.uniform(0.35, 0.6)
     outer = _ellipse(0, 0, 0.9, 0.9, 50, 310)
@@ -339,7 +180,6 @@ def _moon(r: RandomState) -> Shape:
     return [(MAIN, np.concatenate([outer, inner[::-1]]))]
 
 
-@_kind("mushroom")
 def _mushroom(r: RandomState) -> Shape:
     spots = [(DETAIL, _ellipse(x, y, 0.12, 0.1)) for x, y in ((-0.4, -0.3), (0.05, -0.55), (0.45, -0.25))]
     return [
@@ -349,12 +189,6 @@ def _mushroom(r: RandomState) -> Shape:
     ]
 
 
-@_kind("star")
-def _five_points(r: RandomState) -> Shape:
-    return [(MAIN, _star(5, r.uniform(0.36, 0.48)))]
-
-
-@_kind("sun")
 def _sun(r: RandomState) -> Shape:
     rays = r.randint(8, 13)
     shape = []
@@ -364,13 +198,6 @@ def _sun(r: RandomState) -> Shape:
     return [*shape, (MAIN, _ellipse(0, 0, 0.48, 0.48))]
 
 
-@_kind("traffic light")
-def _traffic_light(r: RandomState) -> Shape:
-    lights = [(ACCENT, _ellipse(0, y, 0.19, 0.19)) for y in (-0.62, -0.1, 0.42)]
-    return [(DETAIL, _box(-0.08, 0.6, 0.08, 0.98)), (MAIN, _box(-0.38, -0.95, 0.38, 0.72)), *lights]
-
-
-@_kind("tree")
 def _tree(r: RandomState) -> Shape:
     trunk = (DETAIL, _box(-0.13, 0.2, 0.13, 0.95))
     if r.rand() < 0.5:
@@ -381,15 +208,115 @@ def _tree(r: RandomState) -> Shape:
     ]
 
 
-@_kind("umbrella")
-def _umbrella(r: RandomState) -> Shape:
-    return [
+KINDS: dict[str, Callable[[RandomState], Shape]] = {
+    "apple": lambda r: [
+        (MAIN, _ellipse(-0.3, 0.2, 0.55, 0.68)),
+        (MAIN, _ellipse(0.3, 0.2, 0.55, 0.68)),
+        (DETAIL, _line(0, -0.4, r.uniform(-0.1, 0.2), -0.9, 0.12)),
+        (ACCENT, _ellipse(0.3, -0.68, 0.28, 0.13)),
+    ],
+    "arrow": _arrow,
+    "bell": lambda r: [
+        (DETAIL, _ellipse(0, 0.72, 0.2, 0.2)),
+        (MAIN, _ellipse(0, -0.25, 0.48, 0.55, 180, 360)),
+        (MAIN, _polygon((-0.48, -0.25), (0.48, -0.25), (0.55, 0.35), (0.85, 0.65), (-0.85, 0.65), (-0.55, 0.35))),
+        (ACCENT, _box(-0.8, 0.5, 0.8, 0.66)),
+        (DETAIL, _ellipse(0, -0.84, 0.12, 0.12)),
+    ],
+    "boat": lambda r: [
+        (MAIN, _polygon((-0.95, 0.35), (0.95, 0.35), (0.6, 0.85), (-0.6, 0.85))),
+        (DETAIL, _box(-0.06, -0.9, 0.04, 0.35)),
+        (ACCENT, _polygon((0.1, -0.85), (0.1, 0.2), (0.8, 0.2))),
+        *([(ACCENT, _polygon((-0.14, -0.6), (-0.14, 0.2), (-0.7, 0.2)))] if r.rand() < 0.5 else []),
+    ],
+    "bottle": _bottle,
+    "butterfly": _butterfly,
+    "candle": _candle,
+    "car": _car,
+    "clock": _clock,
+    "cloud": lambda r: [
+        (MAIN, _ellipse(-0.5, 0.15, 0.45, 0.36)),
+        (MAIN, _ellipse(r.uniform(-0.2, 0.05), -0.15, 0.5, 0.46)),
+        (MAIN, _ellipse(0.5, 0.1, 0.45, 0.4)),
+        (MAIN, _box(-0.55, 0.1, 0.55, 0.5)),
+    ],
+    "crown": lambda r: [
+        (MAIN, _polygon((-0.85, 0.6), (-0.9, -0.5), (-0.45, 0.05), (0, -0.7), (0.45, 0.05), (0.9, -0.5), (0.85, 0.6))),
+        (DETAIL, _box(-0.85, 0.4, 0.85, 0.65)),
+        *((ACCENT, _ellipse(x, y, 0.11, 0.11)) for x, y in ((-0.9, -0.55), (0, -0.75), (0.9, -0.55))),
+    ],
+    "cup": lambda r: [
+        (MAIN, _arch(0.52, 0.05, 0.38, 0.14, -90, 90)),
+        (MAIN, _polygon((-0.7, -0.55), (0.55, -0.55), (0.42, 0.65), (-0.55, 0.65))),
+        (ACCENT, _ellipse(-0.07, -0.55, 0.62, 0.13)),
+        *([(DETAIL, _ellipse(-0.07, 0.75, 0.75, 0.12))] if r.rand() < 0.5 else []),
+    ],
+    "diamond": lambda r: [
+        (MAIN, _polygon((-0.55, -0.65), (0.55, -0.65), (0.95, -0.2), (0, 0.9), (-0.95, -0.2))),
+        (ACCENT, _polygon((-0.3, -0.2), (0.3, -0.2), (0, 0.9))),
+        (DETAIL, _line(-0.95, -0.2, 0.95, -0.2, 0.06)),
+        (DETAIL, _line(-0.3, -0.2, 0, -0.65, 0.06)),
+        (DETAIL, _line(0.3, -0.2, 0, -0.65, 0.06)),
+    ],
+    "envelope": _envelope,
+    "fish": lambda r: [
+        (ACCENT, _polygon((0.45, 0), (0.95, -0.5), (0.95, 0.5))),
+        (ACCENT, _polygon((-0.2, -0.3), (0.1, -0.72), (0.3, -0.25))),
+        (MAIN, _ellipse(-0.15, 0, 0.75, r.uniform(0.36, 0.5))),
+        (DETAIL, _ellipse(-0.58, -0.1, 0.09, 0.09)),
+    ],
+    "flag": _flag,
+    "flower": _flower,
+    "hammer": lambda r: [
+        (ACCENT, _box(-0.1, -0.5, 0.1, 0.95)),
+        (MAIN, _box(-0.6, -0.85, 0.4, -0.4)),
+        (MAIN, _polygon((0.4, -0.85), (0.85, -0.55), (0.4, -0.5))),
+    ],
+    "heart": _heart,
+    "house": lambda r: [
+        *([(DETAIL, _box(0.35, -0.8, 0.55, -0.2))] if r.rand() < 0.5 else []),
+        (MAIN, _box(-0.7, -0.15, 0.7, 0.9)),
+        (ACCENT, _polygon((-0.92, -0.12), (0, -0.92), (0.92, -0.12))),
+        (DETAIL, _box(-0.15, 0.35, 0.2, 0.9)),
+        (HOLE, _box(-0.52, 0.1, -0.25, 0.4)),
+        (HOLE, _box(0.3, 0.1, 0.55, 0.4)),
+    ],
+    "ice cream": lambda r: [
+        (ACCENT, _polygon((-0.42, 0.0), (0.42, 0.0), (0, 0.97))),
+        (MAIN, _ellipse(0, -0.2, 0.48, 0.42)),
+        (MAIN, _ellipse(0, -0.62, 0.34, 0.32)) if r.rand() < 0.5 else (DETAIL, _ellipse(0, -0.65, 0.12, 0.12)),
+    ],
+    "key": lambda r: [
+        (MAIN, _ellipse(-0.55, 0, 0.4, 0.4)),
+        (HOLE, _ellipse(-0.6, 0, 0.18, 0.18)),
+        (MAIN, _box(-0.25, -0.11, 0.95, 0.11)),
+        (MAIN, _box(0.7, 0, 0.85, 0.4)),
+        (MAIN, _box(0.4, 0, 0.55, r.uniform(0.25, 0.4))),
+    ],
+    "ladder": _ladder,
+    "lamp": lambda r: [
+        (DETAIL, _box(-0.07, -0.2, 0.07, 0.85)),
+        (DETAIL, _ellipse(0, 0.85, 0.45, 0.12)),
+        (MAIN, _polygon((-0.35, -0.9), (0.35, -0.9), (0.72, -0.1), (-0.72, -0.1))),
+    ],
+    "leaf": _leaf,
+    "moon": _moon,
+    "mushroom": _mushroom,
+    "star": lambda r: [(MAIN, _star(5, r.uniform(0.36, 0.48)))],
+    "sun": _sun,
+    "traffic light": lambda r: [
+        (DETAIL, _box(-0.08, 0.6, 0.08, 0.98)),
+        (MAIN, _box(-0.38, -0.95, 0.38, 0.72)),
+        *((ACCENT, _ellipse(0, y, 0.19, 0.19)) for y in (-0.62, -0.1, 0.42)),
+    ],
+    "tree": _tree,
+    "umbrella": lambda r: [
         (DETAIL, _box(-0.05, -0.85, 0.05, 0.7)),
         (DETAIL, _arch(0.15, 0.7, 0.2, 0.1, 0, 180)),
         (MAIN, _ellipse(0, 0.1, 0.92, 0.85, 180, 360)),
         (ACCENT, _polygon((-0.3, 0.1), (0.3, 0.1), (0, -0.75))),
-    ]
-
+    ],
+}
 
 # ------------------------------------------------------------------------------------------------- styles
 
@@ -424,33 +351,14 @@ STYLES = {
     "shaded": Style(fills=("gradient",), backgrounds=("gradient", "blobs"), size=(0.4, 0.9), clutter=(0, 4), blur=0.01),
     # Styles of the data set and of its shifted version.
     "scene": Style(
-        fills=("checks", "dots", "blobs"),
-        backgrounds=("plain", "blobs"),
-        size=(0.5, 0.85),
-        turn=20,
-        squeeze=0.2,
-        wobble=0.02,
-        clutter=(0, 3),
-        cover=(0, 1),
-        noise=(0.0, 0.03),
-        distance=0.4,
+        fills=("checks", "dots", "blobs"), backgrounds=("plain", "blobs"), size=(0.5, 0.85), turn=20, squeeze=0.2,
+        wobble=0.02, clutter=(0, 3), cover=(0, 1), noise=(0.0, 0.03), distance=0.4,
     ),
     "chalk": Style(
-        hollow=0.7,
-        outline=1.0,
-        fills=("speckle",),
-        backgrounds=("speckle",),
-        size=(0.4, 0.8),
-        turn=30,
-        squeeze=0.25,
-        wobble=0.04,
-        clutter=(0, 2),
-        noise=(0.0, 0.05),
-        blur=0.012,
-        relief=25,
-        dark=True,
+        hollow=0.7, outline=1.0, fills=("speckle",), backgrounds=("speckle",), size=(0.4, 0.8), turn=30, squeeze=0.25,
+        wobble=0.04, clutter=(0, 2), noise=(0.0, 0.05), blur=0.012, relief=25, dark=True,
     ),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -461,7 +369,6 @@ class Drawing:
     kind: str
     colour: str
     fill: str
-    background: str
     size: str  # small, large or empty
 
 
@@ -505,7 +412,7 @@ def draw(kind: str, style: Style, random: RandomState, pixels: int) -> Drawing:
         image = Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
     low, high = style.size
     size = "small" if extent < low + 0.3 * (high - low) else "large" if extent > low + 0.7 * (high - low) else ""
-    return Drawing(image, kind, colour, "outlined" if hollow else fill, background, size)
+    return Drawing(image, kind, colour, "outlined" if hollow else fill, size)
 
 
 def named_colour(random: RandomState, names: tuple[str, ...] = tuple(COLOURS)) -> tuple[str, np.ndarray]:
