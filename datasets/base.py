@@ -1,7 +1,4 @@
-"""The life of a few-shot data set: read or make the split, draw the sample, keep base or new classes, check.
-
-Samples equal those of the original CoOp code for the same seed. Only images that are used become ``Datum`` objects.
-"""
+"""Base classes of the data sets: read or make the split, draw the few-shot sample, keep base or new classes, check."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -18,134 +15,188 @@ from filelock import FileLock
 
 from trainers.prompting.errors import UserError
 
-from .fewshot import few_shot
-from .splits import (
-    SPLITS,
-    Entry,
-    check_files,
-    check_labels,
-    data_root,
-    python_random,
-    read_split,
-    subsample_classes,
-    write_split,
-)
+from . import splits
+from .files import list_folders, list_images, parse_lines
+from .splits import SPLITS, Entry, Split
+
+SAMPLES = "split_fewshot"  # CoOp's folder
+MAX_VAL_SHOTS = 4  # CoOp validates on at most this many images per class
 
 
 class FewShotDataset(DatasetBase):
-    """A data set of which ``DATASET.NUM_SHOTS`` images a class are trained on (0 or less: all of them).
+    """A data set from which ``DATASET.NUM_SHOTS`` training images per class are drawn (0 or less: all of them).
 
-    ``DATASET.SUBSAMPLE_CLASSES`` keeps all classes, the first half of the labels (base) or the second (new).
-
-    Subclasses name ``dataset_dir`` (folder below the data root) and ``image_dir`` (below that), and say in
-    :meth:`entries` what there is.
+    Subclasses name ``dataset_dir`` (folder below the data root) and ``image_dir`` (below that), and fill ``self.parts``
+    in :meth:`prepare`.
 
     Raises:
         UserError: no data folder, an unknown subset, a class without training images, a missing image.
     """
 
     image_dir = "images"
-    sampled: tuple[str, ...] = ("train", "val")  # what few-shot samples are drawn of
-    listed = False  # entries come from listing the folders, so that their files are there
+    sampled: tuple[str, ...] = ("train", "val")  # parts of which few-shot samples are drawn
+    listed = False  # entries come from directory listings: the files exist
     test_only = False
-    keep = True  # what was made or listed is written to the data set's folder
+    may_write = True  # splits and listings are saved in the data set's folder
+    parts: Split
 
     def __init__(self, cfg: Any) -> None:
         self._open(cfg)
-        shots, subset = cfg.DATASET.NUM_SHOTS, cfg.DATASET.SUBSAMPLE_CLASSES
-        # A split that has to be made and the sample are one stream of numbers, as in CoOp.
-        with python_random(cfg.SEED):
+        subset = cfg.DATASET.SUBSAMPLE_CLASSES
+        with splits.python_random(cfg.SEED):  # the split and the sample use one random stream, as in CoOp
             self.prepare()
-            drawn = few_shot(self, shots, cfg.SEED) if shots >= 1 and self.sampled else {}
-            parts = {part: drawn.get(part) if part in drawn else self.entries(part) for part in SPLITS}
-        check_labels(parts, source=self.source)
-        parts = subsample_classes(parts, subset)
+            sample = self._sample(cfg.DATASET.NUM_SHOTS, cfg.SEED)
+            parts = {part: sample[part] if part in sample else self.entries(part) for part in SPLITS}
+        splits.check_labels(parts, source=self.source)
+        parts = splits.subsample_classes(parts, subset)
         if not parts["test"]:
-            raise UserError(f"{self.source}: no test images of the {subset} classes in it")
+            raise UserError(f"{self.source}: no test images of the {subset} classes; add some")
         if not self.listed:
-            check_files(self.images, parts)
-        train, val, test = (self._data(parts[part]) for part in SPLITS)
+            splits.check_files(self.images, parts)
+        train, val, test = (
+            [Datum(impath=os.path.join(self.images, e.path), label=e.label, classname=e.classname) for e in parts[part]]
+            for part in SPLITS
+        )
         super().__init__(train_x=train, val=val or None, test=test)
 
     @classmethod
-    def survey(cls, cfg: Any) -> tuple[str, dict[str, list[Entry]]]:
-        """The image folder and all entries of each part: no image is asked for, nothing is written, nothing printed."""
+    def survey(cls, cfg: Any) -> tuple[str, Split]:
+        """Return the image folder and all entries of each part. Opens no image, writes and prints nothing."""
         dataset = cls.__new__(cls)
         dataset._open(cfg)
-        dataset.keep = False
-        with python_random(cfg.SEED), redirect_stdout(io.StringIO()):
+        dataset.may_write = False
+        with splits.python_random(cfg.SEED), redirect_stdout(io.StringIO()):
             dataset.prepare()
             return dataset.images, {part: dataset.entries(part) for part in SPLITS}
 
-    def _open(self, cfg: Any) -> None:
-        root = data_root(cfg)
-        self.folder = os.path.join(root, self.dataset_dir)
-        if not os.path.isdir(self.folder):
-            raise UserError(
-                f"{self.folder}: no such folder; --root must name the folder that holds {self.dataset_dir}/"
-            )
-        self.images = os.path.join(self.folder, self.image_dir)
-        self.cfg = cfg
-
     def prepare(self) -> None:
-        """Whatever has to be read or made before :meth:`entries` is asked."""
+        """Read or make the split."""
+        raise NotImplementedError
 
     def entries(self, part: str) -> list[Entry]:
-        """The images of ``train``, ``val`` or ``test``."""
-        raise NotImplementedError
+        """Return the images of ``train``, ``val`` or ``test``."""
+        return self.parts[part]
 
     @property
     def source(self) -> str:
-        """The file or folder that says what there is, for error messages."""
+        """File or folder that defines the split, for error messages."""
         return self.folder
 
     def path(self, *parts: str) -> str:
-        """A file of the data set."""
+        """Return the path of a file of the data set."""
         return os.path.join(self.folder, *parts)
 
     def fingerprint(self) -> str:
-        """Changes when what the few-shot samples are drawn of does."""
-        rows = [self.entries(part) for part in self.sampled]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+        """Return a digest of the images that samples are drawn from."""
+        return digest([self.entries(part) for part in self.sampled])
 
-    def _data(self, entries: Iterable[Entry]) -> list[Datum]:
-        return [Datum(impath=os.path.join(self.images, e.path), label=e.label, classname=e.classname) for e in entries]
+    def _open(self, cfg: Any) -> None:
+        self.cfg = cfg
+        self.folder = os.path.normpath(os.path.join(data_root(cfg), self.dataset_dir))
+        self.images = os.path.join(self.folder, self.image_dir)
+        if not os.path.isdir(self.folder):
+            raise UserError(f"{self.folder}: no such folder; --root must name the folder of {self.dataset_dir}/")
+
+    def _sample(self, shots: int, seed: int) -> Split:
+        """Return CoOp's pickled sample, the stored one, or a new draw, which is stored if there is a seed."""
+        if shots < 1 or not self.sampled:
+            return {}
+        base = self.path(SAMPLES, f"shot_{shots}-seed_{seed}")
+        if os.path.isfile(pickled := f"{base}.pkl"):
+            print(f"Loading preprocessed few-shot data from {pickled}")
+            return splits.match_pickled(pickled, {part: self.entries(part) for part in self.sampled})
+        prefix = "".join(f"{part}/" for part in (self.dataset_dir, self.image_dir) if part)
+        source = self.fingerprint() if seed >= 0 else ""
+        sample = splits.read_sample(f"{base}.json", self.sampled, prefix, source) if seed >= 0 else None
+        if sample is None:
+            print(f"Creating a {shots}-shot dataset")
+            limits = {"train": shots, "val": min(shots, MAX_VAL_SHOTS)}
+            sample = {part: splits.draw(self.entries(part), limits[part]) for part in self.sampled}
+            if seed >= 0:
+                splits.write_sample(f"{base}.json", sample, prefix, source)
+        splits.warn_of_small_classes(sample["train"], shots)
+        return sample
+
+
+def digest(value: Any) -> str:
+    """Return a short digest of what can be written as JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def data_root(cfg: Any) -> str:
+    """Return ``DATASET.ROOT`` as an absolute path. Raises UserError where it is empty or not a folder."""
+    if not cfg.DATASET.ROOT:
+        raise UserError("DATASET.ROOT is empty: name the folder of the data sets with --root")
+    root = os.path.abspath(os.path.expanduser(cfg.DATASET.ROOT))
+    if not os.path.isdir(root):
+        raise UserError(f"{root}: no such folder; --root must name the folder of the data sets")
+    return root
 
 
 class SplitDataset(FewShotDataset):
-    """A data set whose split is a ``split_zhou_<Name>.json`` of CoOp, in the data set's folder.
+    """A data set with CoOp's split file, ``split_zhou_<Name>.json`` in its folder.
 
-    Where the file is missing, :meth:`make_split` makes the split from the raw annotations like CoOp, with the seed of
-    the run, and it is written: every later run has the same one.
+    Where the file is missing, :meth:`make_split` makes a split as CoOp does, with the seed of the run, and it is saved.
     """
 
     split_file = ""
 
     @property
     def source(self) -> str:
-        return os.path.join(self.folder, self.split_file)
+        return self.path(self.split_file)
 
     def prepare(self) -> None:
-        made = None
-        if not os.path.isfile(self.source) and not self.keep:
-            made = self.make_split()
-        elif not os.path.isfile(self.source):
+        if os.path.isfile(self.source):
+            self.parts = splits.read_split(self.source)
+        elif not self.may_write:
+            self.parts = self.make_split()
+        else:
             try:
-                with FileLock(os.path.join(self.folder, f".{self.split_file}.lock")):
-                    if not os.path.isfile(self.source):  # nobody else made it while this process waited
-                        made = self.make_split()
-                        check_labels(made, source=self.folder)
-                        write_split(self.source, made)
+                with FileLock(self.path(f".{self.split_file}.lock")):
+                    if not os.path.isfile(self.source):  # no other process made it meanwhile
+                        split = self.make_split()
+                        splits.check_labels(split, source=self.folder)
+                        splits.write_text(self.source, json.dumps(split, indent=4))
+                        print(f"Saved split to {self.source}")
+                self.parts = splits.read_split(self.source)
             except PermissionError as error:
                 raise UserError(
-                    f"{self.source}: no such file, and a split made now could not be kept ({error.strerror} in "
-                    f"{self.folder}): put CoOp's there (DATASETS.md) or make the folder writable once"
+                    f"{self.source}: no such file, and a new split cannot be saved ({error.strerror}): put CoOp's file "
+                    "there (docs/data.md) or make the folder writable once"
                 ) from error
-        self.parts = made or read_split(self.source)
 
-    def entries(self, part: str) -> list[Entry]:
-        return self.parts[part]
+    def make_split(self) -> Split:
+        """Make the split from the raw data, with CoOp's draws."""
+        raise UserError(f"{self.source}: no such file; docs/data.md says where to get it")
 
-    def make_split(self) -> dict[str, list[Entry]]:
-        """The split as CoOp makes it where its file is missing."""
-        raise UserError(f"{self.source}: no such file; DATASETS.md says where to get it")
+
+class ClassFolderDataset(SplitDataset):
+    """A data set whose images are in class folders; without CoOp's split file each class is split 50/20/30."""
+
+    names: Mapping[str, str] = {}  # class names of folders that are not named after their class
+    ignored: Sequence[str] = ()  # folders that are not classes
+
+    def make_split(self) -> Split:
+        folders = [folder for folder in list_folders(self.images) if folder not in self.ignored]
+        if not folders:
+            raise UserError(f"{self.images}: no class folders; unpack the images of the data set there (docs/data.md)")
+        paths = {f: [f"{f}/{name}" for name in list_images(os.path.join(self.images, f))] for f in folders}
+        return splits.split_classes([(label, self.names.get(f, f), paths[f]) for label, f in enumerate(folders)])
+
+
+class AnnotatedDataset(SplitDataset):
+    """A data set with annotated training and test images; a fifth of the training images are for validation."""
+
+    lists: tuple[str, str]  # annotation files of the training and the test images
+
+    def make_split(self) -> Split:
+        trainval, test = (self.annotated(name) for name in self.lists)
+        return {**splits.split_trainval(trainval), "test": test}
+
+    def annotated(self, name: str) -> list[Entry]:
+        """Read an annotation file."""
+        return parse_lines(self.path(name), self.parse)
+
+    def parse(self, line: str) -> Entry:
+        """Read a line of an annotation file. May raise ValueError, KeyError or IndexError."""
+        raise NotImplementedError

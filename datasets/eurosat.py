@@ -1,31 +1,24 @@
 """EuroSAT (Helber et al. 2019), 10 classes of satellite images."""
 
-from __future__ import annotations
-
 from dassl.data.datasets import DATASET_REGISTRY
 
-from .base import SplitDataset
-from .raw import Split, split_folders
-
-NAMES = {
-    "AnnualCrop": "Annual Crop Land",
-    "HerbaceousVegetation": "Herbaceous Vegetation Land",
-    "Highway": "Highway or Road",
-    "Industrial": "Industrial Buildings",
-    "Pasture": "Pasture Land",
-    "PermanentCrop": "Permanent Crop Land",
-    "Residential": "Residential Buildings",
-    "SeaLake": "Sea or Lake",
-}
+from .base import ClassFolderDataset
 
 
 @DATASET_REGISTRY.register()
-class EuroSAT(SplitDataset):
+class EuroSAT(ClassFolderDataset):
     """``<root>/eurosat/2750/<class>/<class>_1.jpg``."""
 
     dataset_dir = "eurosat"
     image_dir = "2750"
     split_file = "split_zhou_EuroSAT.json"
-
-    def make_split(self) -> Split:
-        return split_folders(self.images, NAMES)
+    names = {
+        "AnnualCrop": "Annual Crop Land",
+        "HerbaceousVegetation": "Herbaceous Vegetation Land",
+        "Highway": "Highway or Road",
+        "Industrial": "Industrial Buildings",
+        "Pasture": "Pasture Land",
+        "PermanentCrop": "Permanent Crop Land",
+        "Residential": "Residential Buildings",
+        "SeaLake": "Sea or Lake",
+    }

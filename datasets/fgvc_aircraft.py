@@ -1,12 +1,10 @@
-"""FGVC-Aircraft (Maji et al. 2013), 100 variants. It has a split of its own, which CoOp takes."""
-
-from __future__ import annotations
+"""FGVC-Aircraft (Maji et al. 2013), 100 variants. CoOp uses the authors' split."""
 
 from dassl.data.datasets import DATASET_REGISTRY
 
 from .base import FewShotDataset
-from .raw import read_lines, reading
-from .splits import Entry
+from .files import parse_lines, read_lines
+from .splits import SPLITS, Entry
 
 
 @DATASET_REGISTRY.register()
@@ -16,18 +14,10 @@ class FGVCAircraft(FewShotDataset):
     dataset_dir = "fgvc_aircraft"
 
     def prepare(self) -> None:
-        labels = {name: label for label, name in enumerate(read_lines(self.path("variants.txt")))}
-        self.parts = {part: self._annotated(part, labels) for part in ("train", "val", "test")}
+        self.labels = {name: label for label, name in enumerate(read_lines(self.path("variants.txt")))}
+        self.parts = {part: parse_lines(self.path(f"images_variant_{part}.txt"), self._parse) for part in SPLITS}
 
-    def entries(self, part: str) -> list[Entry]:
-        return self.parts[part]
-
-    def _annotated(self, part: str, labels: dict[str, int]) -> list[Entry]:
-        """Lines are ``<image> <variant>``."""
-        path = self.path(f"images_variant_{part}.txt")
-        entries = []
-        with reading(path):
-            for line in read_lines(path):
-                image, _, variant = line.partition(" ")
-                entries.append(Entry(f"{image}.jpg", labels[variant], variant))
-        return entries
+    def _parse(self, line: str) -> Entry:
+        """Read ``<image> <variant>``."""
+        image, _, variant = line.partition(" ")
+        return Entry(f"{image}.jpg", self.labels[variant], variant)

@@ -1,4 +1,4 @@
-"""The user's own images: a folder of class folders, no code to write."""
+"""Your own images: a folder of class folders, without code."""
 
 from __future__ import annotations
 
@@ -10,29 +10,27 @@ from dassl.data.datasets import DATASET_REGISTRY
 
 from trainers.prompting.errors import UserError
 
-from .base import FewShotDataset
-from .fewshot import FOLDER as SAMPLES
-from .raw import list_folders, read_lines, walk_images
-from .splits import SPLITS, Entry
+from .base import SAMPLES, FewShotDataset
+from .files import is_image, list_folders, read_lines, walk_images
+from .splits import P_TRAIN, P_VAL, SPLITS, Entry, Split, cut
 
 CLASSNAMES = "classnames.txt"
-TRAIN, VAL = 0.5, 0.2  # parts of a class's images, as in the splits that CoOp made; the rest is tested on
+# usual names of the folders of the parts, in any case
+PART_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+PART_NAMES["testing"] = "test"
 
 
 @DATASET_REGISTRY.register()
 class Folder(FewShotDataset):
     """``<root>/<class>/<image>``, or ``<root>/{train,val,test}/<class>/<image>``; images may be nested deeper.
 
-    Without parts of its own a folder is split by ``DATASET.SPLIT_SEED``: half of each class to train, a fifth to
-    validate, the rest to test. A part is a matter of the seed and the path below the class folder, so that other images
-    that come or go move few from one part to another. ``val/`` may be missing; without ``test/`` the images in ``val/``
-    are the test images, as in ImageNet.
-
-    Class names are the names of the folders, underscores being spaces, or what a ``classnames.txt`` beside them says,
-    with lines ``<folder> <class name>``. Labels are in the order of the folders' names.
+    Without folders of parts, the images are split by ``DATASET.SPLIT_SEED``. The part of an image depends on the seed
+    and its path, so that adding or removing images moves few others. ``val/`` may be missing; without ``test/`` the
+    images in ``val/`` are the test images, as in ImageNet. Class names are the names of the folders, or those given in
+    ``classnames.txt``, lines ``<folder> <class name>``. Labels follow the order of the folders' names.
 
     Raises:
-        UserError: no classes, a class without images to train on, or too few to split, a folder without a class name.
+        UserError: no classes, a class with too few images, a folder without a class name or of another level.
     """
 
     dataset_dir = ""
@@ -41,78 +39,84 @@ class Folder(FewShotDataset):
 
     def prepare(self) -> None:
         folders = [name for name in list_folders(self.folder) if name != SAMPLES]
-        own = [part for part in SPLITS if part in folders]
-        if "train" in own:
-            self.parts = self._read_parts(own)
-        elif own:
-            raise UserError(f"{self.folder}: {own[0]}/ is there and train/ is not; add it or rename the folder")
-        else:
-            self.parts = self._split(folders)
-
-    def entries(self, part: str) -> list[Entry]:
-        return self.parts[part]
-
-    def _read_parts(self, own: list[str]) -> dict[str, list[Entry]]:
+        own: dict[str, str] = {}  # folder of each part
+        for name in folders:
+            part = PART_NAMES.get(name.casefold())
+            if part in own:
+                raise UserError(f"{self.folder}: both {own[part]}/ and {name}/ are {part} images; rename or remove one")
+            if part:
+                own[part] = name
+        if own and "train" not in own:
+            name = next(iter(own.values()))
+            raise UserError(f"{self.folder}: {name}/ exists but train/ does not; add it or rename the folder")
         if len(own) == 1:
-            raise UserError(f"{self.folder}: train/ is there and neither test/ nor val/ is; add images to test on")
-        classes = list_folders(self.path("train"))
+            raise UserError(f"{self.folder}: train/ exists but neither test/ nor val/; add images for testing")
+        self.parts = self._read_parts(own) if own else self._split(folders)
+
+    def _read_parts(self, own: dict[str, str]) -> Split:
+        classes = list_folders(self.path(own["train"]))
         names = self._classnames(classes)
-        parts: dict[str, list[Entry]] = {part: [] for part in SPLITS}
-        for part in own:
-            unknown = sorted(set(list_folders(self.path(part))) - set(classes))
+        parts: Split = {part: [] for part in SPLITS}
+        for part, folder in own.items():
+            unknown = sorted(set(list_folders(self.path(folder))) - set(classes))
             if unknown:
-                raise UserError(f"{self.path(part, unknown[0])}: no class of that name in train/; rename or remove it")
-            for label, (folder, paths) in enumerate(self._images(part, classes).items()):
+                other = self.path(folder, unknown[0])
+                raise UserError(f"{other}: no class of that name in {own['train']}/; rename or remove it")
+            for label, (name, paths) in enumerate(self._images(folder, classes).items()):
                 if part == "train" and not paths:
-                    raise UserError(f"{self.path(part, folder)}: no images in it; add some or remove the folder")
-                parts[part] += [Entry(path, label, names[folder]) for path in paths]
+                    raise UserError(f"{self.path(folder, name)}: no images; add some or remove the folder")
+                parts[part] += [Entry(path, label, names[name]) for path in paths]
         if "test" not in own:
-            print(f"{self.folder}: no test/, the images in val/ are tested on")
+            print(f"{self.folder}: no test/, so the images in {own['val']}/ are used for testing")
             parts.update(test=parts["val"], val=[])
         return parts
 
-    def _split(self, classes: list[str]) -> dict[str, list[Entry]]:
+    def _split(self, classes: list[str]) -> Split:
         names = self._classnames(classes)
-        seed = self.cfg.DATASET.SPLIT_SEED
-        parts: dict[str, list[Entry]] = {part: [] for part in SPLITS}
+        parts: Split = {part: [] for part in SPLITS}
         for label, (folder, paths) in enumerate(self._images("", classes).items()):
             if len(paths) < 2:
-                raise UserError(
-                    f"{self.path(folder)}: {len(paths)} image(s) of this class, at least 2 are needed (to train and to "
-                    "test); add some or remove the folder"
-                )
-            order = sorted(paths, key=lambda path: hashlib.sha256(f"{seed}/{path}".encode()).digest())
-            n_train = max(1, round(TRAIN * len(order)))
-            n_val = min(round(VAL * len(order)), len(order) - n_train - 1)
-            for part, chosen in zip(
-                SPLITS, (order[:n_train], order[n_train : n_train + n_val], order[n_train + n_val :])
-            ):
+                reason = f"{len(paths)} image(s) of this class, training and testing need one each"
+                raise UserError(f"{self.path(folder)}: {reason}; add some or remove the folder")
+            prefix = f"{self.cfg.DATASET.SPLIT_SEED}/"
+            order = sorted(paths, key=lambda path: hashlib.sha256((prefix + path).encode()).digest())
+            n_train = max(1, round(P_TRAIN * len(order)))
+            n_val = min(round(P_VAL * len(order)), len(order) - n_train - 1)
+            for part, chosen in zip(SPLITS, cut(order, n_train, n_val)):
                 parts[part] += [Entry(path, label, names[folder]) for path in sorted(chosen)]
         return parts
 
     def _images(self, part: str, classes: list[str]) -> dict[str, list[str]]:
-        """Sorted paths of each class's images, relative to the data set."""
-        prefix = f"{part}/" if part else ""
-        return {
-            name: [f"{prefix}{name}/{path}" for path in walk_images(os.path.join(self.folder, part, name))]
-            for name in classes
-        }
+        """Return the sorted paths of each class's images, relative to the data set.
+
+        A class folder without images is refused if its folders look like parts or classes, or if it is the only one.
+        """
+        found = {}
+        for name in classes:
+            folder = os.path.join(self.folder, part, name)
+            here = os.path.isdir(folder)
+            below = set(list_folders(folder)) - {name} if here else set()
+            suspicious = len(classes) == 1 or all(f in classes or f.casefold() in PART_NAMES for f in below)
+            if below and suspicious and not any(is_image(file) for file in os.listdir(folder)):
+                raise UserError(
+                    f"{folder}: no images in it, only folders such as {min(below)}/; --root must name the folder of "
+                    "the class folders, or that of train/, val/ and test/"
+                )
+            prefix = f"{part}/{name}" if part else name
+            found[name] = [f"{prefix}/{path}" for path in walk_images(folder)] if here else []
+        return found
 
     def _classnames(self, classes: list[str]) -> dict[str, str]:
         if not classes:
-            raise UserError(
-                f"{self.folder}: no folders of images in it; put the images of each class into a folder of its own"
-            )
+            raise UserError(f"{self.folder}: no folders of images; put the images of each class into their own folder")
         path = self.path(CLASSNAMES)
         if not os.path.isfile(path):
             return {name: name for name in classes}
         names: dict[str, str] = {}
         for line in read_lines(path):
-            # folders may have blanks in their names: the longest one that fits
-            fitting = [name for name in classes if line.startswith((f"{name} ", f"{name}\t"))]
-            if fitting:
-                folder = max(fitting, key=len)
-                names[folder] = line[len(folder) :].strip()
+            # folders may have spaces in their names: take the longest that fits
+            folder = max((name for name in classes if line.startswith((f"{name} ", f"{name}\t"))), key=len, default="")
+            names[folder] = line[len(folder) :].strip()
         missing = [name for name in classes if name not in names]
         if missing:
             raise UserError(f'{path}: no line for the folder "{missing[0]}"; add "{missing[0]} <class name>"')
@@ -121,4 +125,4 @@ class Folder(FewShotDataset):
 
 def extend_cfg(cfg: Any) -> None:
     """Add the config key of this data set."""
-    cfg.DATASET.SPLIT_SEED = 1  # which split of a folder that has no parts of its own
+    cfg.DATASET.SPLIT_SEED = 1  # selects the split of a folder without train/, val/ and test/

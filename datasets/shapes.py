@@ -1,7 +1,7 @@
-"""The embedded world: drawings of 32 kinds of things, made on first use and kept below the data root, no download.
+"""The embedded world: drawings of 32 kinds of things, made below the data root on first use, without a download.
 
-``Shapes`` is the data set; ``ShapesShifted`` draws the same kinds in another style, on other backgrounds and with more
-noise, as a target domain. Neither style is among those that the embedded CLIP was pre-trained on.
+``Shapes`` is the data set. ``ShapesShifted`` is a target domain: the same kinds in another style, on other backgrounds
+and with more noise. The embedded CLIP was pre-trained on neither style.
 """
 
 from __future__ import annotations
@@ -11,29 +11,31 @@ import os
 import shutil
 import tempfile
 import zlib
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from dassl.data.datasets import DATASET_REGISTRY
 from numpy.random import RandomState
 from tqdm import tqdm
 
+from toy.drawing import KINDS, STYLES, draw
 from trainers.prompting.errors import UserError
 
-from .base import SplitDataset
-from .drawing import KINDS, STYLES, draw
-from .splits import data_root, read_json
+from .base import SplitDataset, data_root
+from .splits import read_json
 
-VERSION = 1  # of the drawings: counts up when they change
-MARK = "drawn.json"  # written last: the folder is whole, and what it holds
+VERSION = 1  # of the drawings; increases when they change
+MARK = "drawn.json"  # describes what the folder holds; written last
 PIXELS = 128
 COUNTS = {"train": 32, "val": 20, "test": 50}  # images of each kind
 
 
 class DrawnDataset(SplitDataset):
-    """A data set that is drawn where it is missing. An image is a function of its style, split, kind and number.
+    """A data set that is drawn where it is missing. An image depends on its style, split, kind and number alone.
 
     Raises:
-        UserError: the folder is there and holds something else.
+        UserError: the folder exists and holds something else.
     """
 
     style: str
@@ -60,19 +62,15 @@ class ShapesShifted(DrawnDataset):
 
 
 def draw_dataset(folder: str, style: str, split_file: str) -> None:
-    """Draw a whole data set with its split file, unless it is there; another process may do the same meanwhile."""
-    wanted = {"version": VERSION, "style": style, "pixels": PIXELS, "counts": COUNTS, "kinds": sorted(KINDS)}
-    if _is_drawn(folder, wanted):
+    """Draw a data set with its split file unless it exists; several processes may do so at once."""
+    expected = {"version": VERSION, "style": style, "pixels": PIXELS, "counts": COUNTS, "kinds": sorted(KINDS)}
+    if _is_drawn(folder, expected):
         return
     temporary = tempfile.mkdtemp(dir=os.path.dirname(folder), prefix=f".{os.path.basename(folder)}-")
     try:
         split: dict[str, list] = {part: [] for part in COUNTS}
-        jobs = [
-            (label, kind, part, i)
-            for label, kind in enumerate(sorted(KINDS))
-            for part, count in COUNTS.items()
-            for i in range(count)
-        ]
+        numbers = [(part, i) for part, count in COUNTS.items() for i in range(count)]
+        jobs = [(*job, *number) for job in enumerate(sorted(KINDS)) for number in numbers]
         print(f"Drawing {len(jobs)} images into {folder}")
         for label, kind, part, i in tqdm(jobs, desc=os.path.basename(folder), disable=None):
             path = f"{kind.replace(' ', '_')}/{part}_{i + 1:02d}.png"
@@ -80,26 +78,22 @@ def draw_dataset(folder: str, style: str, split_file: str) -> None:
             os.makedirs(os.path.join(temporary, "images", os.path.dirname(path)), exist_ok=True)
             draw(kind, STYLES[style], random, PIXELS).image.save(os.path.join(temporary, "images", path))
             split[part].append([path, label, kind])
-        for name, content in ((split_file, split), (MARK, wanted)):
-            with open(os.path.join(temporary, name), "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
+        for name, content in ((split_file, split), (MARK, expected)):
+            Path(temporary, name).write_text(json.dumps(content, indent=1), encoding="utf-8")
         os.chmod(temporary, 0o755)
         try:
             os.rename(temporary, folder)
         except OSError:
-            if not _is_drawn(folder, wanted):  # nobody else was faster: the disk has another reason
+            if not _is_drawn(folder, expected):  # not because another process was faster
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _is_drawn(folder: str, wanted: dict[str, Any]) -> bool:
+def _is_drawn(folder: str, expected: dict[str, Any]) -> bool:
     if not os.path.isdir(folder):
         return False
-    try:
-        found = read_json(os.path.join(folder, MARK))
-    except (OSError, ValueError):
-        found = None
-    if found != wanted:
-        raise UserError(f"{folder}: not drawn by this version; delete the folder and it is drawn anew")
-    return True
+    with suppress(OSError, ValueError):
+        if read_json(os.path.join(folder, MARK)) == expected:
+            return True
+    raise UserError(f"{folder}: not drawn by this version; delete the folder to have it drawn again")

@@ -1,31 +1,25 @@
 """Stanford Cars (Krause et al. 2013), 196 models."""
 
-from __future__ import annotations
-
 from dassl.data.datasets import DATASET_REGISTRY
 
-from .base import SplitDataset
-from .raw import Split, load_mat, reading, split_trainval
+from .base import AnnotatedDataset
+from .files import load_mat, reading
 from .splits import Entry
 
 
 @DATASET_REGISTRY.register()
-class StanfordCars(SplitDataset):
+class StanfordCars(AnnotatedDataset):
     """``<root>/stanford_cars/{cars_train,cars_test}/00001.jpg``, ``devkit/``, ``cars_test_annos_withlabels.mat``."""
 
     dataset_dir = "stanford_cars"
     image_dir = ""
     split_file = "split_zhou_StanfordCars.json"
+    lists = ("devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat")
 
-    def make_split(self) -> Split:
-        trainval = self._annotated("cars_train", self.path("devkit", "cars_train_annos.mat"))
-        test = self._annotated("cars_test", self.path("cars_test_annos_withlabels.mat"))
-        train, val = split_trainval(trainval)
-        return {"train": train, "val": val, "test": test}
-
-    def _annotated(self, folder: str, path: str) -> list[Entry]:
-        """Labels count from 1. Class names begin with the year, which the data set has at the end."""
-        meta = self.path("devkit", "cars_meta.mat")
+    def annotated(self, name: str) -> list[Entry]:
+        """Read labels, which count from 1, and class names, of which CoOp moves the year to the front."""
+        folder = "cars_train" if name == self.lists[0] else "cars_test"
+        meta, path = self.path("devkit", "cars_meta.mat"), self.path(name)
         with reading(meta):
             names = [str(name[0]).split(" ") for name in load_mat(meta)["class_names"][0]]
         names = [" ".join([name[-1], *name[:-1]]) for name in names]

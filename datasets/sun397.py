@@ -1,36 +1,27 @@
 """SUN397 (Xiao et al. 2010), 397 scenes."""
 
-from __future__ import annotations
-
 from dassl.data.datasets import DATASET_REGISTRY
 
-from .base import SplitDataset
-from .raw import Split, read_lines, reading, split_trainval
-from .splits import Entry
+from .base import AnnotatedDataset
+from .files import read_lines
+from .splits import Entry, Split
 
 
 @DATASET_REGISTRY.register()
-class SUN397(SplitDataset):
+class SUN397(AnnotatedDataset):
     """``<root>/sun397/SUN397/a/abbey/sun_….jpg``, ``ClassName.txt``, ``{Training,Testing}_01.txt``."""
 
     dataset_dir = "sun397"
     image_dir = "SUN397"
     split_file = "split_zhou_SUN397.json"
+    lists = ("Training_01.txt", "Testing_01.txt")
 
     def make_split(self) -> Split:
-        labels = {name.lstrip("/"): label for label, name in enumerate(read_lines(self.path("ClassName.txt")))}
-        trainval = self._annotated("Training_01.txt", labels)
-        test = self._annotated("Testing_01.txt", labels)
-        train, val = split_trainval(trainval)
-        return {"train": train, "val": val, "test": test}
+        self.labels = {name.lstrip("/"): label for label, name in enumerate(read_lines(self.path("ClassName.txt")))}
+        return super().make_split()
 
-    def _annotated(self, name: str, labels: dict[str, int]) -> list[Entry]:
-        """Lines are ``/a/apartment_building/outdoor/sun_….jpg``, which shows an "outdoor apartment_building"."""
-        path = self.path(name)
-        entries = []
-        with reading(path):
-            for line in read_lines(path):
-                image = line.lstrip("/")
-                scene = image.rpartition("/")[0]
-                entries.append(Entry(image, labels[scene], " ".join(reversed(scene.split("/")[1:]))))
-        return entries
+    def parse(self, line: str) -> Entry:
+        """Read ``/a/apartment_building/outdoor/sun_….jpg``, an image of the class "outdoor apartment_building"."""
+        image = line.lstrip("/")
+        scene = image.rpartition("/")[0]
+        return Entry(image, self.labels[scene], " ".join(reversed(scene.split("/")[1:])))

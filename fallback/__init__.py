@@ -1,7 +1,4 @@
-"""The port to Dassl: the installed Dassl.pytorch wins, ``fallback/dassl`` stands in where there is none.
-
-Importing this package puts its folder at the *end* of ``sys.path``. This is the only place where that happens.
-"""
+"""Puts ``fallback/dassl`` at the *end* of ``sys.path``, so that an installed Dassl.pytorch takes precedence."""
 
 import sys
 from pathlib import Path

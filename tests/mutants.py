@@ -1,14 +1,14 @@
-"""What ``make mutants`` found: mutants killed and survived per file; exit status 1 where fewer than 90 % were killed.
+"""Summary of ``make mutants``: killed and surviving mutants of each file; exit status 1 below 90 % killed in any.
 
-A mutant that was stopped after a long time does not count as killed: most of them never end, but on a busy machine a
-survivor may look the same. What is left is explained in MUTANTS.md.
+A mutant that ran into the time limit does not count as killed: most of them loop for ever, but on a busy machine a
+survivor may look the same. MUTANTS.md explains the survivors.
 """
 
 import subprocess
 import sys
 from collections import Counter
 
-LEAST = 90.0  # per cent, of each file
+MIN_KILLED = 90.0  # percent, of each file
 
 
 def count(results: str) -> dict[str, Counter]:
@@ -34,10 +34,10 @@ def main() -> int:
         total = sum(found.values())
         counts = [found["killed"], found["timeout"], found["survived"]]
         share = 100 * found["killed"] / total
-        enough = enough and share >= LEAST
+        enough = enough and share >= MIN_KILLED
         print(f"{file:36}{total:8}{counts[0]:8}{counts[1]:8}{counts[2]:9}{total - sum(counts):7}{share:13.1f}")
     if not enough:
-        print(f"fewer than {LEAST:g} % killed: add tests that notice the mutants above", file=sys.stderr)
+        print(f"fewer than {MIN_KILLED:g} % killed: add tests that detect the mutants above", file=sys.stderr)
     return 0 if enough else 1
 
 

@@ -1,25 +1,28 @@
-"""Every data set of CoOp, read from a miniature of its exact format on disk, against plain loops over what is in it."""
+"""Every data set of CoOp, read from a miniature in its exact format, against plain loops; damaged trees are refused."""
 
+import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
-import re
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import trees
-from conftest import GOLDEN, REAL_DATA
-from test_caltech101 import digest
-from tiny import arguments
+from tiny import NAMES, arguments, caltech_tree
 
 import train
 from trainers.prompting.errors import UserError
 
 SEED, SHOTS = 2, 2
+PARTS = {"train": "train_x", "val": "val", "test": "test"}
+
+
+def name_of(make):
+    return getattr(make, "__name__", None)
 
 
 def config(root, name, shots=SHOTS, subset="all", seed=SEED, *opts):
@@ -103,21 +106,23 @@ def expect(tree, split, shots, draws):
     return parts
 
 
-@pytest.mark.parametrize("make", trees.FEW_SHOT, ids=lambda make: make.__name__)
+def assert_built(root, tree, expected):
+    """All, base and new classes, the second and third time with the stored split and sample."""
+    middle = math.ceil(len(tree.classnames) / 2)
+    for subset, names in (("all", slice(None)), ("base", slice(middle)), ("new", slice(middle, None))):
+        data = build(root, tree.name, SHOTS, subset)
+        half = naive_half(expected, subset)
+        assert {part: found(getattr(data, name), root, tree) for part, name in PARTS.items()} == half, subset
+        assert data.classnames == tree.classnames[names]
+
+
+@pytest.mark.parametrize("make", trees.FEW_SHOT, ids=name_of)
 def test_without_a_split_file(make, tmp_path):
-    """The split is made and written, the sample drawn after it from one stream of numbers, as in CoOp."""
+    """The split is made and saved, and the sample drawn after it from the same random stream, as in CoOp."""
     tree = make(tmp_path)
     draws = random.Random(SEED)
     split = naive_split(tree, draws)
-    expected = expect(tree, split, SHOTS, draws)
-    for subset in ("all", "base", "new"):  # the second and third time it is read and the sample taken from the cache
-        data = build(tmp_path, tree.name, SHOTS, subset)
-        half = naive_half(expected, subset)
-        for part, items in (("train", data.train_x), ("val", data.val), ("test", data.test)):
-            assert found(items, tmp_path, tree) == half[part], (subset, part)
-        middle = math.ceil(len(tree.classnames) / 2)
-        names = {"all": tree.classnames, "base": tree.classnames[:middle], "new": tree.classnames[middle:]}
-        assert data.classnames == names[subset]
+    assert_built(tmp_path, tree, expect(tree, split, SHOTS, draws))
     path = tmp_path / tree.folder / tree.split_file
     if tree.classes or tree.trainval:
         assert {p: [tuple(row) for row in rows] for p, rows in json.loads(path.read_text()).items()} == split
@@ -125,9 +130,9 @@ def test_without_a_split_file(make, tmp_path):
         assert not path.exists()
 
 
-@pytest.mark.parametrize("make", (*trees.FOLDERS, *trees.ANNOTATED), ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", (*trees.FOLDERS, *trees.ANNOTATED), ids=name_of)
 def test_with_a_split_file(make, tmp_path):
-    """It alone counts, whatever its order: the raw annotations are not even looked for."""
+    """The file alone counts, in any order, without the raw annotations."""
     tree = make(tmp_path)
     split = naive_split(tree, random.Random(77))
     random.Random(5).shuffle(split["train"])
@@ -135,32 +140,18 @@ def test_with_a_split_file(make, tmp_path):
     for name in tree.raw:
         (tmp_path / tree.folder / name).unlink()
     draws = random.Random(SEED)
-    expected = expect(tree, split, SHOTS, draws)
-    for subset in ("all", "base", "new"):
-        data = build(tmp_path, tree.name, SHOTS, subset)
-        half = naive_half(expected, subset)
-        for part, items in (("train", data.train_x), ("val", data.val), ("test", data.test)):
-            assert found(items, tmp_path, tree) == half[part], (subset, part)
-    whole = build(tmp_path, tree.name, -1)
-    assert found(whole.train_x, tmp_path, tree) == split["train"]
-    assert found(whole.val, tmp_path, tree) == split["val"]
+    assert_built(tmp_path, tree, expect(tree, split, SHOTS, draws))
+    data = build(tmp_path, tree.name, -1)
+    assert {part: found(getattr(data, name), tmp_path, tree) for part, name in PARTS.items()} == split
 
 
-@pytest.mark.parametrize("make", trees.VARIANTS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", trees.VARIANTS, ids=name_of)
 def test_variants_of_imagenet(make, tmp_path, capsys):
     tree = make(tmp_path)
     data = build(tmp_path, tree.name, 16)
     assert found(data.test, tmp_path, tree) == found(data.train_x, tmp_path, tree) == tree.parts["test"]
     assert data.classnames == tree.classnames and data.val is None
     assert "SUBSAMPLE_CLASSES base" in message(tmp_path, tree.name, 16, "base")
-
-
-@pytest.mark.parametrize("make", trees.ALL, ids=lambda make: make.__name__)
-def test_configs_name_the_data_sets(make, tmp_path):
-    tree = make(tmp_path)
-    path = Path(train.__file__).parent / "configs" / "datasets" / f"{tree.config}.yaml"
-    assert config(tmp_path, "x").clone().merge_from_file(path) is None
-    assert f'NAME: "{tree.name}"' in path.read_text()
 
 
 def test_a_variant_cannot_be_trained_on(tmp_path, rn_file, capsys):
@@ -172,70 +163,55 @@ def test_a_variant_cannot_be_trained_on(tmp_path, rn_file, capsys):
     assert train.main([*argv, "DATASET.SUBSAMPLE_CLASSES", "all"]) == 0
 
 
-REFERENCES = sorted(GOLDEN.glob("fewshot_*.json")) or [GOLDEN / "fewshot_*.json"]
-DATA = Path(os.environ.get("DATA", REAL_DATA))
+def digest(items):
+    return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
 
 
-@pytest.mark.parametrize("path", REFERENCES, ids=lambda path: path.stem)
-def test_every_reference_file(path):
-    """Every ``fewshot_<dataset>.json`` in LOGO_REFERENCE, drawn from the tree at DATA (default ../shared/data)."""
-    from dassl.data.datasets import DATASET_REGISTRY
-
-    if not path.is_file():
-        pytest.skip(f"no {path} (set LOGO_REFERENCE)")
-    known = {name.lower(): name for name in DATASET_REGISTRY.registered_names()}
-    known["dtd"] = "DescribableTextures"
-    name = known[re.sub("[_-]", "", path.stem.removeprefix("fewshot_").lower())]
-    cls = DATASET_REGISTRY.get(name)
-    images = DATA / cls.dataset_dir / cls.image_dir
-    if not images.is_dir():
-        pytest.skip(f"{path.name}: no {images} (set DATA)")
-    for key, expected in json.loads(path.read_text()).items():
+def test_samples_match_original_coop(golden, real_data):
+    tree = trees.Tree("Caltech101", "caltech101", "caltech-101", "101_ObjectCategories", [])
+    reference = json.loads((golden / "fewshot_caltech101.json").read_text())
+    assert len(reference) == 45
+    for key, expected in reference.items():
         shots, seed, subset = key.replace("shots_", "").replace("seed_", "").split("-")
-        data = build(DATA, name, int(shots), subset, int(seed))
-        for part, items in (("train", data.train_x), ("val", data.val), ("test", data.test)):
-            if f"{part}_sha256" not in expected:
-                continue
-            rows = [[os.path.relpath(i.impath, images).replace(os.sep, "/"), i.label, i.classname] for i in items or ()]
+        data = build(real_data, tree.name, int(shots), subset, int(seed))
+        for part, name in PARTS.items():
+            rows = found(getattr(data, name), real_data, tree)
             assert (len(rows), digest(rows)) == (expected[part], expected[f"{part}_sha256"]), (key, part)
-        assert digest(data.classnames) == expected["classnames_sha256"], key
-        assert data.num_classes == expected["classes"], key
-
-
-# ------------------------------------------------------------------------------------------------- samples, caches
+        if "train_items" in expected:  # one entry lists its training images in full
+            assert [row[0] for row in found(data.train_x, real_data, tree)] == expected["train_items"]
+        assert (data.num_classes, digest(data.classnames)) == (expected["classes"], expected["classnames_sha256"])
 
 
 def sample_file(root, tree, shots=SHOTS, seed=SEED, ending="json"):
     return root / tree.folder / "split_fewshot" / f"shot_{shots}-seed_{seed}.{ending}"
 
 
-def test_a_sample_is_a_function_of_the_seed_alone(tmp_path):
+def test_a_sample_depends_on_the_seed_alone(tmp_path):
     tree = trees.fgvc_aircraft(tmp_path)
     first = [i.impath for i in build(tmp_path, tree.name).train_x]
     sample_file(tmp_path, tree).unlink()
     random.seed(99)
     state = random.getstate()
     assert [i.impath for i in build(tmp_path, tree.name).train_x] == first
-    assert random.getstate() == state  # and the draw leaves no trace
+    assert random.getstate() == state
     assert [i.impath for i in build(tmp_path, tree.name, SHOTS, "all", 3).train_x] != first
+    stored = os.listdir(tmp_path / tree.folder / "split_fewshot")
+    build(tmp_path, tree.name, SHOTS, "all", -1)  # without a seed nothing is stored
+    assert os.listdir(tmp_path / tree.folder / "split_fewshot") == stored
 
 
-@pytest.mark.parametrize("make", (trees.eurosat, trees.stanford_cars, trees.imagenet), ids=lambda make: make.__name__)
-def test_samples_are_kept_and_stay_valid_when_the_data_move(make, tmp_path):
+@pytest.mark.parametrize("make", (trees.eurosat, trees.stanford_cars, trees.imagenet), ids=name_of)
+def test_stored_samples_stay_valid_when_the_data_move(make, tmp_path):
     tree = make(tmp_path / "a")
     before = found(build(tmp_path / "a", tree.name).train_x, tmp_path / "a", tree)
-    kept = sample_file(tmp_path / "a", tree)
-    rows = json.loads(kept.read_text())
+    root = (tmp_path / "a").rename(tmp_path / "b")
+    stored = sample_file(root, tree)
+    time, rows = stored.stat().st_mtime_ns, json.loads(stored.read_text())
     assert all(row[0].startswith(f"{tree.folder}/") for row in rows["train"])  # relative to the data root
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "a").rename(tmp_path / "elsewhere" / "b")
-    kept = sample_file(tmp_path / "elsewhere" / "b", tree)
-    time = kept.stat().st_mtime_ns
-    assert found(build(tmp_path / "elsewhere/b", tree.name).train_x, tmp_path / "elsewhere/b", tree) == before
-    assert kept.stat().st_mtime_ns == time
-    rows["train"] = rows["train"][::-1]  # it is what is read
-    kept.write_text(json.dumps(rows))
-    assert found(build(tmp_path / "elsewhere/b", tree.name).train_x, tmp_path / "elsewhere/b", tree) == before[::-1]
+    assert found(build(root, tree.name).train_x, root, tree) == before
+    assert stored.stat().st_mtime_ns == time
+    stored.write_text(json.dumps({**rows, "train": rows["train"][::-1]}))
+    assert found(build(root, tree.name).train_x, root, tree) == before[::-1]  # it is what is read
 
 
 def test_a_sample_of_another_split_or_a_damaged_one_is_replaced(tmp_path, capsys):
@@ -246,25 +222,18 @@ def test_a_sample_of_another_split_or_a_damaged_one_is_replaced(tmp_path, capsys
     expected = expect(tree, split, SHOTS, random.Random(SEED))["train"]
     assert found(build(tmp_path, tree.name).train_x, tmp_path, tree) == expected
     assert "drawn from other images" in capsys.readouterr().out
-    kept = sample_file(tmp_path, tree)
-    whole = kept.read_text()
+    stored = sample_file(tmp_path, tree)
+    whole = stored.read_text()
     other = whole.replace("sun397/SUN397/", "sun397/../../", 1)
     for content in (whole[:-20], "[]", whole.replace("sun397/SUN397", "x"), other, whole.replace('"train"', '"b"')):
-        kept.write_text(content)
+        stored.write_text(content)
         assert found(build(tmp_path, tree.name).train_x, tmp_path, tree) == expected
         assert "it is replaced" in capsys.readouterr().out
-        assert kept.read_text() == whole
+        assert stored.read_text() == whole
 
 
-def test_without_a_seed_nothing_is_kept(tmp_path):
-    tree = trees.fgvc_aircraft(tmp_path)
-    build(tmp_path, tree.name, SHOTS, "all", -1)
-    assert not (tmp_path / tree.folder / "split_fewshot").exists()
-
-
-@pytest.mark.skipif(os.name == "nt", reason="modes of folders")
 def test_a_data_root_that_cannot_be_written(tmp_path, monkeypatch, capsys):
-    """With a split file nothing has to be kept; without one a split that could not be kept is refused."""
+    """With a split file nothing needs saving; a new split that cannot be saved is refused."""
     tree = trees.dtd(tmp_path)
     split = naive_split(tree, random.Random(1))
     expected = expect(tree, split, SHOTS, random.Random(SEED))["train"]
@@ -273,38 +242,29 @@ def test_a_data_root_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     def refuse(path, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("datasets.fewshot.write_text", refuse)  # root may write anywhere, so modes would not do
+    monkeypatch.setattr("datasets.splits.write_text", refuse)  # root may write anywhere, so modes would not do
     assert found(build(tmp_path, tree.name).train_x, tmp_path, tree) == expected
-    assert "not kept (Permission denied)" in capsys.readouterr().out
+    assert "not saved (Permission denied)" in capsys.readouterr().out
     (tmp_path / tree.folder / tree.split_file).unlink()
-    monkeypatch.setattr("datasets.splits.write_text", refuse)
     assert "make the folder writable once" in message(tmp_path, tree.name)
 
 
-def test_two_runs_make_split_and_sample_at_the_same_time(tmp_path):
-    """Processes with two seeds start on raw data: one split, and every sample is one of it."""
-    import subprocess
-
+def test_two_processes_make_split_and_sample_at_once(tmp_path):
     tree = trees.ucf101(tmp_path)
-    code = (
-        "import sys; sys.path[:0] = sys.argv[3:]\n"
-        "import test_datasets as t\n"
-        "data = t.build(sys.argv[1], 'UCF101', 2, 'all', int(sys.argv[2]))\n"
-        "print(sorted(i.impath for i in data.test)[0], len(data.train_x))"
-    )
-    here = str(Path(__file__).parent)
-    words = [sys.executable, "-c", code, str(tmp_path)]
-    paths = [here, str(Path(here).parent), str(Path(here).parent / "tools")]
-    runs = [subprocess.Popen([*words, str(seed), *paths], stdout=subprocess.PIPE, text=True) for seed in (1, 2)]
-    assert all(run.wait(timeout=300) == 0 for run in runs), [run.communicate() for run in runs]
-    split = json.loads((tmp_path / tree.folder / tree.split_file).read_text())
-    train_rows = [tuple(row) for row in split["train"]]
+    context = multiprocessing.get_context("fork")
+    runs = [context.Process(target=build, args=(tmp_path, tree.name, SHOTS, "all", seed)) for seed in (1, 2)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(60)
+    assert [run.exitcode for run in runs] == [0, 0]
+    stored = json.loads((tmp_path / "ucf101" / tree.split_file).read_text())
+    split = {part: [tuple(row) for row in rows] for part, rows in stored.items()}
     for seed in (1, 2):
-        data = build(tmp_path, tree.name, 2, "all", seed)
-        assert set(found(data.train_x, tmp_path, tree)) <= set(train_rows)
-        assert found(data.test, tmp_path, tree) == [tuple(row) for row in split["test"]]
-    leftovers = {p.name for p in (tmp_path / tree.folder).rglob("*") if p.name.startswith(".")}
-    assert leftovers <= {f".{tree.split_file}.lock"}
+        data = build(tmp_path, tree.name, SHOTS, "all", seed)
+        assert set(found(data.train_x, tmp_path, tree)) <= set(split["train"])
+        assert found(data.test, tmp_path, tree) == split["test"]
+    assert {path.name for path in (tmp_path / "ucf101").rglob(".*")} <= {f".{tree.split_file}.lock"}
 
 
 def test_a_class_with_fewer_images_than_shots(tmp_path, capsys):
@@ -314,9 +274,6 @@ def test_a_class_with_fewer_images_than_shots(tmp_path, capsys):
     counts = [sum(item.label == label for item in data.train_x) for label in range(5)]
     assert counts == [5, 6, 6, 6, 6]  # halves of 10, 11, 12, 13, 14, rounded
     assert 'Warning: 1 of 5 classes have fewer than 6 training images: "Annual Crop Land" 5' in capsys.readouterr().out
-
-
-# ------------------------------------------------------------------------------------------------- CoOp's pickles
 
 
 def _init(self, impath, label, classname):
@@ -401,43 +358,7 @@ def test_a_malicious_pickle_executes_nothing(protocol, wrap, tmp_path):
     assert Malicious.mark.exists()
 
 
-# ------------------------------------------------------------------------------------------------- ImageNet's listing
-
-
-def test_imagenet_is_listed_once(tmp_path, monkeypatch):
-    import datasets.imagenet as imagenet
-
-    tree = trees.imagenet(tmp_path)
-    listed = []
-    original = imagenet.list_images
-    monkeypatch.setattr(imagenet, "list_images", lambda path: listed.append(path) or original(path))
-    first = found(build(tmp_path, tree.name, -1).train_x, tmp_path, tree)
-    assert len(listed) == len(set(listed)) == 8  # the class folders of train and val
-    assert first == tree.parts["train"]
-    for shots in (-1, 2, 2):
-        build(tmp_path, tree.name, shots)
-    assert len(listed) == 8
-    folder = tmp_path / "imagenet/images/train/n01443537"
-    shutil.copy(folder / "n01443537_0.JPEG", folder / "added.JPEG")
-    os.utime(folder, ns=(1, 1))  # whatever the resolution of the file system's clock
-    assert len(build(tmp_path, tree.name, -1).train_x) == len(first) + 1
-    assert listed[8:] == [str(folder)]  # what was changed, and nothing else
-    (tmp_path / "imagenet" / "listing_train.json").write_text("{")
-    assert len(build(tmp_path, tree.name, -1).train_x) == len(first) + 1
-
-
-def test_an_image_that_has_gone_from_a_kept_sample(tmp_path):
-    tree = trees.imagenet(tmp_path)
-    victim = Path(build(tmp_path, tree.name).train_x[0].impath)
-    victim.unlink()
-    os.utime(victim.parent, ns=(1, 1))
-    assert str(victim) not in [item.impath for item in build(tmp_path, tree.name).train_x]
-
-
-# ------------------------------------------------------------------------------------------------- bad trees
-
-
-@pytest.mark.parametrize("make", trees.ALL, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", trees.ALL, ids=name_of)
 def test_no_folder_no_images(make, tmp_path):
     tree = make(tmp_path / "good")
     (tmp_path / "bad").mkdir()
@@ -452,7 +373,7 @@ def test_no_folder_no_images(make, tmp_path):
         assert str(tmp_path / "good" / tree.folder / tree.images) in message(tmp_path / "good", tree.name)
 
 
-@pytest.mark.parametrize("make", trees.ALL, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", trees.ALL, ids=name_of)
 def test_annotations_that_are_missing_or_damaged(make, tmp_path):
     tree = make(tmp_path)
     for name in tree.raw:
@@ -468,19 +389,58 @@ def test_annotations_that_are_missing_or_damaged(make, tmp_path):
     build(tmp_path, tree.name)
 
 
-def test_a_class_too_small_to_be_split(tmp_path):
-    tree = trees.food101(tmp_path)
-    for path in (tmp_path / "food-101/images/sushi").iterdir():
-        if path.name != "sushi_03.jpg":
-            path.unlink()
-    assert 'class "sushi" has 1 image' in message(tmp_path, tree.name)
+@pytest.fixture
+def caltech(data_root, tmp_path):
+    """A copy of a miniature Caltech101 with a split file, and a function that changes the file."""
+    root = shutil.copytree(data_root, tmp_path / "data")
+    path = root / "caltech-101" / "split_zhou_Caltech101.json"
+    split = json.loads(path.read_text())
+
+    def edit(change):
+        path.write_text(json.dumps({part: change(part, [tuple(row) for row in rows]) for part, rows in split.items()}))
+        return message(root, "Caltech101")
+
+    return root, path, edit
 
 
-def test_a_folder_without_images_or_without_a_class_name(tmp_path):
-    tree = trees.imagenet_r(tmp_path)
-    path = tmp_path / tree.folder / tree.images / "n01491361"
-    path.mkdir()
-    assert "no images of n01491361" in message(tmp_path, tree.name)
-    path = path.rename(path.with_name("n99999999"))
-    shutil.copy(next((tmp_path / tree.folder / tree.images / "n01440764").iterdir()), path)
-    assert '"n99999999"' in message(tmp_path, tree.name)
+def test_user_mistakes_are_named(caltech, tmp_path):
+    root, _, _ = caltech
+    assert str(tmp_path / "none") in message(tmp_path / "none", "Caltech101")
+    assert "--root" in message("", "Caltech101")
+    assert "all, base, new" in message(root, "Caltech101", 1, "old")
+    caltech_tree(tmp_path / "one", NAMES[:1], train=1, val=1, test=1)
+    assert "SUBSAMPLE_CLASSES new" in message(tmp_path / "one", "Caltech101", 1, "new")
+    victim = root / "caltech-101" / "101_ObjectCategories" / "face" / "image_0009.jpg"  # a test image
+    victim.unlink()
+    assert str(victim) in message(root, "Caltech101")
+    trees.food101(tmp_path)
+    for path in list((tmp_path / "food-101/images/sushi").iterdir())[1:]:
+        path.unlink()
+    assert 'class "sushi" has 1 image' in message(tmp_path, "Food101")
+    images = tmp_path / trees.imagenet_r(tmp_path).folder / "imagenet-r"
+    folder = images / "n01491361"
+    folder.mkdir()
+    assert "no images of n01491361" in message(tmp_path, "ImageNetR")
+    shutil.copy(images / "n01440764/0.jpg", folder.rename(images / "n99999999"))
+    assert '"n99999999"' in message(tmp_path, "ImageNetR")
+
+
+def test_split_files_that_are_malformed(caltech):
+    root, path, _ = caltech
+    item = '{"train": [["a.jpg", %s]], "val": [], "test": []}'
+    wrong = [item % row for row in ("0", "0, 42", "0, null", '-1, "face"', '"zero", "face"', '0.5, "face"')]
+    for content in ("{", "[1, 2]", '{"train": []}', *wrong):
+        path.write_text(content)
+        assert f"{path}: not a split file" in message(root, "Caltech101")
+
+
+def test_classes_without_images_or_with_two_names(caltech):
+    root, path, edit = caltech
+    said = edit(lambda part, rows: [row for row in rows if part != "train" or row[1] != 3])
+    assert str(path) in said and 'class 3 ("electric guitar")' in said
+    assert "class 3 has no" in edit(lambda part, rows: [row for row in rows if row[1] != 3])
+    assert "class 0 has no" in edit(lambda part, rows: [(image, label + (label < 3), "x") for image, label, _ in rows])
+    assert "one name" in edit(lambda part, rows: [(i, label - (part == "train"), n) for i, label, n in rows if label])
+    assert "empty class name" in edit(lambda part, rows: [(i, label, n if label else "_") for i, label, n in rows])
+    assert "no training images" in edit(lambda part, rows: [] if part == "train" else rows)
+    assert "no test images" in edit(lambda part, rows: [] if part == "test" else rows)

@@ -1,8 +1,9 @@
-"""The user's own images: a folder of class folders."""
+"""datasets/folder.py: your own images in class folders."""
 
 import random
 import shutil
 
+import pytest
 from test_datasets import build, found, message
 from tiny import arguments
 from trees import Tree, image, text
@@ -30,17 +31,15 @@ def test_a_folder_is_split_class_by_class(tmp_path):
     text(tmp_path / "cat" / "notes.txt", ["not an image"])
     data = build(tmp_path, "Folder", -1)
     assert data.classnames == list(CLASSES)
-    counts = {
-        part: [sum(row[1] == label for row in rows) for label in range(3)]
-        for part, rows in parts(data, tmp_path).items()
-    }
+    labels = {part: [row[1] for row in rows] for part, rows in parts(data, tmp_path).items()}
+    counts = {part: [found.count(label) for label in range(3)] for part, found in labels.items()}
     assert counts == {"train_x": [5, 4, 10], "val": [2, 1, 4], "test": [3, 2, 6]}  # 50 %, 20 %, the rest
     rows = [row for rows in parts(data, tmp_path).values() for row in rows]
     assert len(set(rows)) == len(rows) == sum(CLASSES.values())
     assert {row[0] for row in rows} == {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("IMG*")}
 
 
-def test_the_split_depends_on_its_own_seed_and_moves_with_the_folder(tmp_path):
+def test_the_split_depends_on_split_seed_alone(tmp_path):
     make(tmp_path / "a")
     first = parts(build(tmp_path / "a", "Folder", -1), tmp_path / "a")
     assert parts(build(tmp_path / "a", "Folder", -1, "all", 3), tmp_path / "a")["test"] == first["test"]
@@ -50,7 +49,7 @@ def test_the_split_depends_on_its_own_seed_and_moves_with_the_folder(tmp_path):
     assert parts(build(tmp_path / "b", "Folder", -1), tmp_path / "b") == first
 
 
-def test_another_image_moves_few_to_another_part(tmp_path):
+def test_an_added_image_moves_few_others(tmp_path):
     make(tmp_path, {"a": 40, "b": 40})
     before = parts(build(tmp_path, "Folder", -1), tmp_path)
     image(tmp_path / "a" / "one more.png")
@@ -59,24 +58,18 @@ def test_another_image_moves_few_to_another_part(tmp_path):
     assert moved <= 2
 
 
-def test_parts_of_its_own(tmp_path):
-    for part, count in (("train", 5), ("val", 2), ("test", 3)):
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "valid", "TESTING")])
+def test_folders_of_parts(names, tmp_path, capsys):
+    for part, count in zip(names, (5, 2, 3)):
         make(tmp_path, {name: count for name in CLASSES}, part)
     data = build(tmp_path, "Folder", 4)
     assert [len(rows) for rows in parts(data, tmp_path).values()] == [12, 6, 9]
-    assert all(row[0].startswith("train/") for row in found(data.train_x, tmp_path, TREE))
-    shutil.rmtree(tmp_path / "test" / "cat")  # nothing of it to test
+    assert all(row[0].startswith(f"{names[0]}/") for row in found(data.train_x, tmp_path, TREE))
+    shutil.rmtree(tmp_path / names[2] / "cat")  # a class without test images
     assert len(build(tmp_path, "Folder", 4).test) == 6
-    shutil.rmtree(tmp_path / "val")
-    assert build(tmp_path, "Folder", 4).val is None
-
-
-def test_without_a_test_part_the_validation_images_are_tested_on(tmp_path, capsys):
-    for part, count in (("train", 5), ("val", 2)):
-        make(tmp_path, {name: count for name in CLASSES}, part)
-    data = build(tmp_path, "Folder", 1)
-    assert len(data.test) == 6 and data.val is None
-    assert "tested on" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / names[2])
+    data = build(tmp_path, "Folder", 4)
+    assert len(data.test) == 6 and data.val is None and "used for testing" in capsys.readouterr().out
 
 
 def test_few_shot_base_and_new(tmp_path):
@@ -86,15 +79,13 @@ def test_few_shot_base_and_new(tmp_path):
     assert build(tmp_path, "Folder", 2, "new").classnames == ["sea lion"]
     rows = [row for row in parts(build(tmp_path, "Folder", -1), tmp_path)["train_x"] if row[1] == 0]
     assert found(data.train_x, tmp_path, TREE)[:2] == random.Random(2).sample(rows, 2)  # the seed of these tests
-    assert build(tmp_path, "Folder", 2).classnames == list(CLASSES)  # the cache is no class
+    assert build(tmp_path, "Folder", 2).classnames == list(CLASSES)  # the stored samples are not a class
 
 
-def test_class_names_of_a_file(tmp_path):
+def test_classnames_txt(tmp_path):
     make(tmp_path)
-    text(
-        tmp_path / "classnames.txt",
-        ["cat house cat", "sea lion California sea lion", "Golden_Retriever\tgolden retriever"],
-    )
+    lines = ["cat house cat", "sea lion California sea lion", "Golden_Retriever\tgolden retriever"]
+    text(tmp_path / "classnames.txt", lines)
     assert build(tmp_path, "Folder").classnames == ["golden retriever", "house cat", "California sea lion"]
     text(tmp_path / "classnames.txt", ["cat house cat", "sea lion seal"])
     said = message(tmp_path, "Folder")
@@ -102,24 +93,35 @@ def test_class_names_of_a_file(tmp_path):
 
 
 def test_bad_folders(tmp_path):
-    assert "put the images of each class into a folder of its own" in message(tmp_path, "Folder")
+    assert "put the images of each class into their own folder" in message(tmp_path, "Folder")
     image(tmp_path / "a.jpg")
     assert "put the images of each class" in message(tmp_path, "Folder")
     make(tmp_path, {"cat": 5, "dog": 1})
     assert f"{tmp_path / 'dog'}: 1 image(s) of this class" in message(tmp_path, "Folder")
     make(tmp_path / "b", {"cat": 5}, "test")
-    assert "train/ is not" in message(tmp_path / "b", "Folder")
+    assert "train/ does not" in message(tmp_path / "b", "Folder")
     make(tmp_path / "b", {"cat": 5, "dog": 0}, "train")
     (tmp_path / "b" / "train" / "dog").mkdir()
     assert f"{tmp_path / 'b/train/dog'}: no images" in message(tmp_path / "b", "Folder")
     make(tmp_path / "c", {"cat": 5}, "train")
-    assert "add images to test on" in message(tmp_path / "c", "Folder")
+    assert "add images for testing" in message(tmp_path / "c", "Folder")
+    make(tmp_path / "d", {"cat": 5}, "train")
+    make(tmp_path / "d", {"cat": 5}, "Training")
+    assert "both Training/ and train/ are train images" in message(tmp_path / "d", "Folder")
     make(tmp_path / "c", {"cow": 5}, "test")
     assert str(tmp_path / "c" / "test" / "cow") in message(tmp_path / "c", "Folder")
 
 
-def test_it_is_trained_on_and_tested_like_any_other(tmp_path, rn_file):
-    """Without code: a folder, a config, a run; two images of a class are enough."""
+@pytest.mark.parametrize(
+    "layout", ["photos/cat photos/dog", "a/train a/test", "cat/dog dog/cat", "train/cat/train train/dog test/cat"]
+)
+def test_a_folder_of_another_level_is_refused(layout, tmp_path):
+    for path in layout.split():
+        make(tmp_path, {"x": 3}, path)
+    assert "--root must name" in message(tmp_path, "Folder")
+
+
+def test_training_and_testing(tmp_path, rn_file):
     make(tmp_path / "mine", {"red bird": 2, "blue bird": 3, "bee": 12})
     argv = arguments("LoGoPrompt", tmp_path / "mine", rn_file, tmp_path / "out", "DATASET.NAME", "Folder")
     assert train.main([*argv, "DATASET.SUBSAMPLE_CLASSES", "all"]) == 0

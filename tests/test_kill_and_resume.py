@@ -1,83 +1,69 @@
-"""A run that is killed anywhere and started again ends as one that was not: parameters, metrics, predictions, samples.
+"""A run that dies at any moment and is started again ends as an unbroken one, to the bit.
 
-The runs are real ones of ``train.py``, in children of one process that has imported everything (``soak/victims.py``).
-They kill themselves at an event whose number was drawn beforehand, so nothing here waits or hopes.
+The runs are real ones of ``train.py`` in processes that kill themselves at a chosen event (``soak/killable.py``).
 """
 
+import json
 import random
 import shutil
 import signal
+import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, differences, linked_caltech
+from killable import Killable
 from tiny import arguments
 
-sys.path.insert(0, str(ROOT / "tests" / "soak"))
-from victims import Victims  # noqa: E402
-
 METHOD = "TRAINER.LOGOPROMPT."
-STAGES = (METHOD + "ADAPTER", True, METHOD + "STAGE2_LR", 0.01)
+STAGES = ("LoGoPrompt", METHOD + "ADAPTER", True, METHOD + "STAGE2_LR", 0.01)
 SETTINGS = {
-    "stages": ("LoGoPrompt", *STAGES),
-    "bank": ("LoGoPrompt", *STAGES, METHOD + "VIEWS", 2, "TRAIN.CHECKPOINT_FREQ", 2),
+    "stages": STAGES,
+    "views": (*STAGES, METHOD + "VIEWS", 2, "TRAIN.CHECKPOINT_FREQ", 2),
     "workers": ("LoGoPrompt", METHOD + "TUNE_VISUAL", True, METHOD + "TEXT_PROMPT", "generic",
-                "TEST.FINAL_MODEL", "best_val", "DATALOADER.NUM_WORKERS", 2),
-    "coop": ("CoOp", "TRAINER.COOP.CSC", True, "TEST.FINAL_MODEL", "best_val", "TEST.FEATURES", "kept.sqlite",
-             "DATALOADER.TRAIN_X.SAMPLER", "RandomClassSampler", "DATALOADER.TRAIN_X.N_INS", 3,
-             "INPUT.TRANSFORMS", ["random_translation", "random_flip", "cutout", "normalize"]),
+                "DATALOADER.NUM_WORKERS", 2),
+    "coop": ("CoOp", "TRAINER.COOP.CSC", True, "TEST.FINAL_MODEL", "best_val", "TEST.FEATURES", "STORE",
+             "INPUT.TRANSFORMS", ["random_crop", "random_flip", "randomgrayscale", "normalize"]),
 }  # fmt: skip
 EPOCHS = 5
-KILLS = {"stages": 6, "bank": 6, "workers": 2, "coop": 6}  # workers take their time to start
+KILLS = {"stages": 2, "views": 2, "workers": 1, "coop": 2}  # pairs of moments, workers are slow to start
 
 
 @pytest.fixture(scope="module")
-def victims():
-    process = Victims()
-    yield process
-    process.close()
+def make(data_root, rn_file, tmp_path_factory):
+    """Makes a :class:`Place` for runs of one of the ``SETTINGS``."""
+    return lambda setting, *opts: Place(data_root, rn_file, tmp_path_factory.mktemp(setting), setting, opts)
 
 
 @pytest.fixture(scope="module")
-def make(victims, data_root, rn_file, tmp_path_factory):
-    """A function that makes a place for runs of one of the ``SETTINGS``."""
-    return lambda setting, *opts: Place(victims, data_root, rn_file, tmp_path_factory.mktemp(setting), setting, opts)
-
-
-@pytest.fixture(scope="module")
-def whole(make):
-    """What an unbroken run ends as, and its events."""
+def unbroken(make):
+    """Outcome and events of an unbroken run."""
     return lru_cache(lambda *setting: make(*setting).finish())
 
 
 class Place:
-    """An output folder, a data root that keeps few-shot samples, and the one command that runs there."""
+    """An output folder, a data root for few-shot samples, and the command that runs there."""
 
-    def __init__(self, victims, data_root, rn_file, folder, setting, opts=()):
-        self.victims, self.folder, self.out, self.log = victims, folder, folder / "run", folder / "log"
-        data = folder / "data" / "caltech-101"
-        data.mkdir(parents=True)
-        for name in ("101_ObjectCategories", "split_zhou_Caltech101.json"):
-            (data / name).symlink_to(data_root / "caltech-101" / name)
+    def __init__(self, data_root, rn_file, folder, setting, opts=()):
+        self.folder, self.out, self.log = folder, folder / "run", folder / "log"
+        self.data = linked_caltech(folder / "data", data_root)
         trainer, *settings = SETTINGS[setting]
-        settings = [str(folder / word) if word == "kept.sqlite" else word for word in settings]
+        settings = [str(folder / "store.sqlite") if word == "STORE" else word for word in settings]
         opts = ("OPTIM.MAX_EPOCH", EPOCHS, "TRAIN.CHECKPOINT_FREQ", 1, "TRAIN.PRINT_FREQ", 1, *settings, *opts)
-        self.argv = arguments(trainer, folder / "data", rn_file, self.out, *opts)
+        self.argv = arguments(trainer, self.data, rn_file, self.out, *opts)
+
+    def start(self, *flags, **kwargs):
+        return Killable([*flags, *self.argv], self.log, **kwargs)
 
     def run(self, *flags, **kwargs):
-        return self.victims.run([*flags, *self.argv], self.log, **kwargs)
+        return self.start(*flags, **kwargs).end()
 
-    def start(self, **kwargs):
-        self.victims.start(self.argv, self.log, **kwargs)
-
-    def forget(self):
-        """Be as before the first run."""
-        for folder in (self.out, self.folder / "data" / "caltech-101" / "split_fewshot"):
-            shutil.rmtree(folder, ignore_errors=True)
-        (self.folder / "kept.sqlite").unlink(missing_ok=True)
+    @property
+    def samples(self):
+        return self.data / "caltech-101" / "split_fewshot"
 
     @property
     def checkpoints(self):
@@ -88,120 +74,80 @@ class Place:
         return Path(f"{self.log}.err").read_text()
 
     def finish(self):
-        """Run to the end. Returns all that a run may be asked about, and its events."""
-        status, said = self.run()
+        """Run to the end. Returns the outcome and the events."""
+        status, report = self.run()
         assert status == 0, self.errors
-        return self.outcome(said), said["names"]
+        return self.outcome(report), report["events"]
 
-    def outcome(self, said):
-        """What a finished run has left."""
-        folder = self.checkpoints
+    def outcome(self, report):
+        """Everything that a finished run leaves."""
         assert not [path for path in self.out.rglob("*") if path.name.endswith(".tmp")]
-        assert (folder / "checkpoint").read_text() == f"model.pth.tar-{EPOCHS}\n"
+        assert (self.checkpoints / "checkpoint").read_text() == f"model.pth.tar-{EPOCHS}\n"
         results = (self.out / "results.json").read_text().replace(str(self.out), "")
-        found = {"predictions": said["predictions"], "results": results}
-        for path in [folder / f"model.pth.tar-{EPOCHS}", *folder.glob("model-best.pth.tar")]:
+        found = {"predictions": report["predictions"], "results": results}
+        for path in [self.checkpoints / f"model.pth.tar-{EPOCHS}", *self.checkpoints.glob("model-best.pth.tar")]:
             found[path.name] = torch.load(path, weights_only=True)
             assert found[path.name].pop("config")  # names this folder
-        samples = self.folder / "data" / "caltech-101" / "split_fewshot"
-        for path in samples.glob("*.json"):  # a kill may leave a temporary file
-            found[path.name] = path.read_bytes()
-        return found
+        return {**found, **{path.name: path.read_bytes() for path in self.samples.glob("*.json")}}
 
 
-def differences(a, b, where=""):
-    """Where two nested structures are not the same to the bit."""
-    if isinstance(a, torch.Tensor):
-        same = isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-        return [] if same else [where]
-    if type(a) is not type(b):
-        return [where]
-    if isinstance(a, dict):
-        keys = list(a) if a.keys() == b.keys() else []
-        return [d for k in keys for d in differences(a[k], b[k], f"{where}/{k}")] if keys or not a else [where]
-    if isinstance(a, (list, tuple)):
-        pairs = enumerate(zip(a, b))
-        return [where] if len(a) != len(b) else [d for i, pair in pairs for d in differences(*pair, f"{where}/{i}")]
-    return [] if a == b else [where]
-
-
-def check(place, unbroken, moments):
-    """Kill a run at the moments given, one after the other (what has finished begins anew), and look how it ends."""
-    moments = list(moments)
-    while moments:
-        status, said = place.run(die_at=moments[0])
-        if status == 0:  # it went on from so late that it had fewer events
-            assert differences(unbroken, place.outcome(said)) == []
-            place.forget()
-        else:
-            assert status == -signal.SIGKILL, place.errors
-            moments.pop(0)
-    assert differences(unbroken, place.finish()[0]) == []
-
-
-def test_differences_are_seen():
-    state = {"a": [torch.ones(2), (1, 2.0)], "b": {"c": b"x"}}
-    assert differences(state, {"a": [torch.ones(2), (1, 2.0)], "b": {"c": b"x"}}) == []
-    assert differences(state, {"a": [torch.ones(2), (1, 2.5)], "b": {"c": b"y"}}) == ["/a/1/1", "/b/c"]
-    assert differences(state, {"a": [torch.ones(2).double(), (1, 2.0)], "b": {}}) == ["/a/0", "/b"]
-    assert differences([1], [1, 2]) == [""] and differences({"x": 1}, {"y": 1}) == [""]
+def check(place, expected, moments):
+    """Kill a run at each of the moments, start it again, and compare how it ends."""
+    for at in moments:
+        status, report = place.run(at=at)
+        if status == 0:  # resumed so late that it had fewer events
+            assert differences(expected, place.outcome(report)) == []
+            return
+        assert status == -signal.SIGKILL, place.errors
+    assert differences(expected, place.finish()[0]) == []
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_killed_run_ends_as_an_unbroken_one(make, whole, setting):
-    unbroken, names = whole(setting)
+def test_killed_run_ends_as_an_unbroken_one(make, unbroken, setting):
+    expected, events = unbroken(setting)
     draw = random.Random(f"moments of {setting}")
-    writing = [i for i, name in enumerate(names, 1) if name in ("half written", "before replace", "after replace")]
-    moments = [draw.choice(writing) if i % 2 else draw.randint(1, len(names)) for i in range(KILLS[setting])]
-    check(make(setting), unbroken, moments)
+    writing = [i for i, name in enumerate(events, 1) if name in ("half written", "before replace", "after replace")]
+    for _ in range(KILLS[setting]):
+        check(make(setting), expected, [draw.randint(1, len(events)), draw.choice(writing)])
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_every_moment(make, whole, setting):
-    """The same for every event there is, and then for every pair of some."""
-    unbroken, names = whole(setting)
+def test_run_killed_at_every_event(make, unbroken, setting):
+    """And at a hundred pairs of events."""
+    expected, events = unbroken(setting)
     draw = random.Random(f"pairs of {setting}")
-    pairs = [(draw.randint(1, len(names)), draw.randint(1, len(names))) for _ in range(100)]
-    for moments in [*((i,) for i in range(1, len(names) + 1)), *pairs]:
+    pairs = [(draw.randint(1, len(events)), draw.randint(1, len(events))) for _ in range(100)]
+    for moments in [*((i,) for i in range(1, len(events) + 1)), *pairs]:
         place = make(setting)
-        check(place, unbroken, moments)
+        check(place, expected, moments)
         shutil.rmtree(place.folder)
 
 
-def in_epoch(n):
+# ------------------------------------------------------------------------------------------------- signals
+
+
+def in_epoch(n, steps=2):
     """The moment after the last step of the n-th epoch of a process."""
-    return "after step", 2 * n
+    return "after step", steps * n
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_keeps_the_last_whole_epoch(make, whole, number):
-    """Also where no checkpoint was due. What is lost is the part of the epoch that was at work."""
-    setting = ("bank", "TRAIN.CHECKPOINT_FREQ", 0)
-    unbroken, _ = whole(*setting)
+def test_signal_saves_the_last_complete_epoch(make, unbroken, number):
+    """Also where no checkpoint was due."""
+    setting = ("views", "TRAIN.CHECKPOINT_FREQ", 0)
     place = make(*setting)
-    for epoch in (1, 4):
-        status, _ = place.run(die_at=in_epoch(epoch), number=number)
-        assert status == 128 + number
+    for epoch, checkpoints in ((1, []), (4, ["model.pth.tar-3"])):
+        status, _ = place.run(at=in_epoch(epoch), number=number)
         (line,) = place.errors.splitlines()
-        assert line.startswith(f"stopped by {number.name}: ") and "train.py" in line
-        kept = [path.name for path in place.checkpoints.glob("model*")] if place.checkpoints.exists() else []
-        assert kept == ([] if epoch == 1 else ["model.pth.tar-3"])
-        assert (
-            "no epoch was finished" if epoch == 1 else f"{place.checkpoints}/model.pth.tar-3, after epoch 3"
-        ) in line
+        assert status == 128 + number and line.startswith(f"stopped by {number.name}: ") and "train.py" in line
+        assert [path.name for path in place.checkpoints.glob("model*")] == checkpoints
+        assert ("tar-3, after epoch 3" if checkpoints else "no epoch was finished") in line
     found, _ = place.finish()
-    assert "Resuming from" in place.log.read_text() and differences(unbroken, found) == []
+    assert "Resuming from" in place.log.read_text() and differences(unbroken(*setting)[0], found) == []
 
 
-def test_a_signal_in_the_middle_of_writing_leaves_what_was(make, whole):
-    unbroken, names = whole("workers")
-    place = make("workers")
-    half = [i for i, name in enumerate(names, 1) if name == "half written"]
-    status, _ = place.run(die_at=half[len(half) // 2], number=signal.SIGTERM)
-    assert status == 143 and len(place.errors.splitlines()) == 1
-    assert not [path for path in place.out.rglob("*") if path.name.endswith(".tmp")]
-    assert differences(unbroken, place.finish()[0]) == []
+# ------------------------------------------------------------------------------------------------- damaged files
 
 
 def cut(path):
@@ -213,7 +159,7 @@ def empty(path):
 
 
 def flip(path):
-    """One bit of a parameter, which torch alone does not notice."""
+    """Flip one bit of a parameter, which torch alone does not notice."""
     content = bytearray(path.read_bytes())
     state = torch.load(path, weights_only=True)["state_dict"]["ctx"]
     content[bytes(content).index(state.numpy().tobytes()[:16])] ^= 1
@@ -221,111 +167,131 @@ def flip(path):
 
 
 @pytest.fixture(scope="module")
-def stopped(make, whole):
-    """A run of each kind that was stopped in its fourth epoch, and what it would have ended as."""
+def stopped(make, unbroken):
+    """A run that was killed in its fourth epoch, and the outcome of an unbroken one."""
     made = {}
 
     def call(setting):
         if setting not in made:
-            unbroken, _ = whole(setting)
             place = make(setting)
-            assert place.run(die_at=in_epoch(4))[0] == -signal.SIGKILL
-            made[setting] = unbroken, place, place.out.rename(place.folder / "stopped")
-        unbroken, place, copy = made[setting]
+            steps = 1 if setting == "coop" else 2  # its sampler draws fewer images
+            assert place.run(at=in_epoch(4, steps))[0] == -signal.SIGKILL
+            made[setting] = place, place.out.rename(place.folder / "stopped")
+        place, copy = made[setting]
         shutil.rmtree(place.out, ignore_errors=True)
         shutil.copytree(copy, place.out)
-        return unbroken, place
+        return unbroken(setting)[0], place
 
     return call
 
 
-@pytest.mark.parametrize("damage", [cut, empty, flip])
-def test_the_checkpoint_before_a_damaged_one_is_used(stopped, damage):
-    unbroken, place = stopped("stages")
-    damage(place.checkpoints / "model.pth.tar-3")
-    assert differences(unbroken, place.finish()[0]) == []
-    log = place.log.read_text()
-    (line,) = [line for line in log.splitlines() if "can be read" in line]
-    assert (
-        line.startswith("WARNING: ")
-        and f"{place.checkpoints}/model.pth.tar-3: not a checkpoint that can be read" in line
-    )
-    assert f'Resuming from "{place.checkpoints}/model.pth.tar-2" after epoch 2' in log
+@pytest.mark.parametrize("damage, names, resumed", [
+    (cut, "model.pth.tar-3", 2),
+    (empty, "model.pth.tar-3", 2),
+    (flip, "model.pth.tar-3", 2),
+    (empty, "model*", None),
+    (lambda path: path.write_text("../../../etc/passwd\n"), "checkpoint", 3),
+])  # fmt: skip
+def test_damaged_checkpoints_are_skipped(stopped, damage, names, resumed):
+    expected, place = stopped("stages")
+    for path in place.checkpoints.glob(names):
+        damage(path)
+    assert differences(expected, place.finish()[0]) == []
+    log, fault = place.log.read_text(), "not a checkpoint that can be read"
+    assert (f"WARNING: {place.checkpoints}/model.pth.tar-3: {fault}" in log) == (names != "checkpoint")
+    found = f'Resuming from "{place.checkpoints}/model.pth.tar-{resumed}" after epoch {resumed}'
+    assert (found if resumed else "No checkpoint found that can be read, train from scratch") in log
 
 
-@pytest.mark.parametrize("note", [None, "", "model.pth.tar-9\n", "../../../etc/passwd\n", "\0\0\0"])
-def test_the_note_of_the_newest_checkpoint_may_be_lost(stopped, note):
-    unbroken, place = stopped("stages")
-    (place.checkpoints / "checkpoint").unlink() if note is None else (place.checkpoints / "checkpoint").write_text(note)
-    assert differences(unbroken, place.finish()[0]) == []
-    assert "model.pth.tar-3" in place.log.read_text()
-
-
-def test_without_a_whole_checkpoint_training_starts_anew_and_says_so(stopped):
-    unbroken, place = stopped("stages")
-    for path in place.checkpoints.glob("model*"):
-        empty(path)
-    assert differences(unbroken, place.finish()[0]) == []
-    log = place.log.read_text()
-    assert (
-        log.count("not a checkpoint that can be read") == 3
-        and "No checkpoint found that can be read, train from scratch" in log
-    )
-
-
-@pytest.mark.parametrize("damage, epoch_is_there", [(cut, True), (Path.unlink, False)])
-def test_a_damaged_best_model_is_made_again(stopped, damage, epoch_is_there):
-    unbroken, place = stopped("workers")
+@pytest.mark.parametrize("damage, has_epoch", [(cut, True), (Path.unlink, False)])
+def test_damaged_best_model_is_restored(stopped, damage, has_epoch):
+    expected, place = stopped("coop")
     best = place.checkpoints / "model-best.pth.tar"
     epoch = torch.load(best, weights_only=True)["epoch"]
-    assert epoch <= 3
     damage(best)
-    if not epoch_is_there:
+    if not has_epoch:
         (place.checkpoints / f"model.pth.tar-{epoch}").unlink()
     found = place.finish()[0]
-    # Made again of the epoch's checkpoint it is the same but for the random numbers, drawn by then for validation.
-    assert set(differences(unbroken, found)) <= {"/model-best.pth.tar/random/torch"}
+    # A restored one has the random state of the epoch's checkpoint, from before the validation.
+    assert set(differences(expected, found)) <= {"/model-best.pth.tar/random/torch"} and epoch <= 3
     assert f"{best}: not a checkpoint" in place.log.read_text()
 
 
-def test_evaluation_uses_the_newest_model_where_the_best_is_damaged(make):
-    place = make("workers")
-    place.finish()
-    empty(place.checkpoints / "model-best.pth.tar")
-    argv = ["--eval-only", "--model-dir", place.out, *place.argv]
-    argv[argv.index("--output-dir") + 1] = place.folder / "evaluated"
-    status, _ = place.victims.run(argv, place.log)
-    log = place.log.read_text()
-    assert status == 0 and f"WARNING: {place.checkpoints}/model-best.pth.tar: not a checkpoint" in log
-    assert f'from "{place.checkpoints}/model.pth.tar-5" (epoch = 5)' in log
-
-
-def test_a_checkpoint_of_an_older_version_is_gone_on_from(stopped):
-    """It holds torch's random state alone, and nothing of the method's."""
-    unbroken, place = stopped("stages")
-    path = place.checkpoints / "model.pth.tar-3"
-    checkpoint = torch.load(path, weights_only=True)
-    checkpoint["random"] = checkpoint["random"]["torch"]
-    for key in ("method", "best_epoch", "best_result"):
-        del checkpoint[key]
-    torch.save(checkpoint, path)
-    assert set(differences(unbroken, place.finish()[0])) <= {
-        f"/model.pth.tar-5/random/{kind}" for kind in ("python/numbers", "numpy/keys", "numpy/position")
-    }
-
-
-def test_a_run_resumed_from_another_folder_goes_on_from_its_own(stopped):
-    unbroken, place = stopped("bank")
-    first, argv = place.out.rename(place.folder / "first"), ["--resume", place.folder / "first", *place.argv]
-    status, _ = place.victims.run(argv, place.log, die_at=in_epoch(3))  # the fifth of all
-    assert status == -signal.SIGKILL
+def test_run_resumed_from_another_folder_continues_from_its_own(stopped):
+    expected, place = stopped("views")
+    first = place.out.rename(place.folder / "first")
+    assert place.run("--resume", first, at=in_epoch(3))[0] == -signal.SIGKILL  # the fifth of all
     (before,) = [path.name for path in place.checkpoints.glob("model*")]
-    status, said = place.victims.run(argv, place.log)
-    assert status == 0, place.errors
-    assert f'Resuming from "{place.checkpoints}/{before}"' in place.log.read_text()
+    status, report = place.run("--resume", first)
+    assert status == 0 and f'Resuming from "{place.checkpoints}/{before}"' in place.log.read_text()
+    assert differences(expected, place.outcome(report)) == []
     shutil.rmtree(first)
-    assert differences(unbroken, place.outcome(said)) == []
 
 
-def test_augmentation_does_not_hang_on_the_number_of_workers(make, whole):
-    assert differences(whole("workers")[0], make("workers", "DATALOADER.NUM_WORKERS", 1).finish()[0]) == []
+def test_two_runs_draw_one_few_shot_sample(make, unbroken):
+    """Both write it at the same time, after a run that was killed halfway."""
+    expected, events = unbroken("stages")
+    first, second = make("stages"), make("stages")
+    second.argv[second.argv.index("--root") + 1] = str(first.data)
+    assert first.run(at=events.index("half written") + 1)[0] == -signal.SIGKILL
+    assert [path.suffix for path in first.samples.iterdir()] == [".tmp"]
+    for place, process in [(place, place.start()) for place in (first, second)]:
+        status, report = process.end()
+        assert status == 0 and report["predictions"] == expected["predictions"], place.errors
+    (sample,) = first.samples.glob("*.json")
+    assert sample.read_bytes() == expected[sample.name]
+
+
+# ------------------------------------------------------------------------------------------------- full disk
+
+
+def mounting(folder):
+    """Words before a command that let it mount; None where nobody may."""
+    for words in (["unshare", "-rm"], []):
+        script = f"mount -t tmpfs -o size=64k none {folder} && umount {folder}"
+        if (
+            shutil.which("unshare")
+            and subprocess.run([*words, "sh", "-c", script], capture_output=True).returncode == 0
+        ):
+            return words
+    return None
+
+
+def test_full_disk_ends_in_one_line_and_loses_nothing(make, unbroken, tmp_path):
+    """With more and more space; afterwards the same command completes the run."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    words = mounting(folder)
+    if words is None:
+        pytest.skip("no file system can be mounted here (test_limit_on_file_sizes covers part of it)")
+    (expected, _), place = unbroken("stages"), make("stages")
+    place.argv[place.argv.index("--output-dir") + 1] = str(folder / "run")
+    program, sizes = ROOT / "tests" / "soak" / "small_disk.py", ("0", "24", "100")
+    command = [*words, sys.executable, program, folder, json.dumps(place.argv), *sizes]
+    subprocess.run(list(map(str, command)), check=True)
+    epochs = []
+    for size in sizes:
+        place.out, place.log = tmp_path / f"{size}-full", tmp_path / f"{size}-full.log"
+        (line,) = place.errors.splitlines()
+        assert line.startswith("error: ") and str(folder) in line and line.endswith(": No space left on device")
+        assert not list(place.out.rglob("*.tmp")) and not (place.out / "results.json").exists()
+        states = [torch.load(path, weights_only=True) for path in place.checkpoints.glob("model*")]
+        epochs.append(sorted(state["epoch"] for state in states))
+        assert json.loads((tmp_path / f"{size}-full.json").read_text())[0] == 2
+        place.out = tmp_path / f"{size}-again"
+        status, report = json.loads((tmp_path / f"{size}-again.json").read_text())
+        found = place.outcome(report)
+        assert status == 0 and set(differences(expected, found)) <= {"/results"}  # names another folder
+    assert epochs[0] == [] != epochs[-1] and all(done == list(range(1, len(done) + 1)) for done in epochs)
+
+
+def test_limit_on_file_sizes(make, unbroken):
+    """No file may become as large as a checkpoint."""
+    place = make("stages", "TRAIN.DECODED_GB", 0.0)  # shared memory counts as a file
+    assert place.run(at=in_epoch(3))[0] == -signal.SIGKILL
+    size = (place.checkpoints / "model.pth.tar-2").stat().st_size
+    assert place.run(file_size=size - 100)[0] == 2
+    assert place.errors == f"error: {place.checkpoints}/model.pth.tar-3: File too large\n"
+    left = sorted(path.name for path in place.checkpoints.iterdir())
+    assert left == ["checkpoint", "model.pth.tar-1", "model.pth.tar-2"]
+    assert differences(unbroken("stages")[0], place.finish()[0]) == []

@@ -1,199 +1,259 @@
-"""trainers/logoprompt.py as a whole against the method written as plain loops, in float64.
+"""logoprompt.py as a whole against the method written as loops, in float64, and its stages in real runs."""
 
-These tests fail if the loss, the mining, the selection or the pasting is replaced by something simpler.
-"""
-
+import json
 import math
 
 import pytest
 import torch
+from helpers import (
+    MEAN,
+    STD,
+    Runs,
+    build,
+    naive_min_max_loss,
+    naive_paste,
+    naive_probabilities,
+    naive_ranking,
+    naive_text_features,
+)
 from tiny import NAMES, SIZE
-from yacs.config import CfgNode as CN
 
 from trainers import logoprompt
-from trainers.prompting.backbone import load_clip
-from trainers.prompting.synthetic import fixed_places, random_places
+from trainers.prompting.image_batch import ImageBatch
+from trainers.prompting.render import blocks_of
 
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-
-
-def build(clip_file, classnames=NAMES, transforms=("normalize",), **options):
-    inputs = CN({"TRANSFORMS": transforms, "PIXEL_MEAN": MEAN, "PIXEL_STD": STD})
-    cfg = CN({"TRAINER": CN(), "TRAIN": CN(), "TEST": CN(), "INPUT": inputs})
-    logoprompt.extend_cfg(cfg)
-    cfg.TRAINER.LOGOPROMPT.merge_from_list([x for pair in {"N_CTX": 4, **options}.items() for x in pair])
-    torch.manual_seed(0)
-    model = logoprompt.CustomCLIP(cfg, classnames, load_clip(clip_file))
-    model.prompt_learner.ctx.data = torch.randn_like(model.prompt_learner.ctx) * 0.3
-    return model
+BASE, NEW = NAMES[:4], NAMES[4:]
 
 
-def naive_paste(image, block, top, left):
-    image = image.clone()
-    for y in range(block.shape[1]):
-        for x in range(block.shape[2]):
-            image[:, top + y, left + x] = block[:, y, x]
-    return image
+def batch_of(model, n, paths=None, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(n, 3, SIZE, SIZE, dtype=torch.float64, generator=draw).to(model.backbone.dtype)
+    return ImageBatch(model.backbone, pixels, paths)
 
 
-def naive_probabilities(model, image, text_features):
-    """p(c|x) for one image, as C numbers: softmax of cosines times exp(logit_scale)."""
-    feature = model.backbone.visual(image.unsqueeze(0))[0].double()
-    feature = feature / feature.norm()
-    scale = model.backbone.logit_scale.double().exp().item()
-    logits = [scale * sum(a * b for a, b in zip(feature.tolist(), t)) for t in text_features.tolist()]
-    top = max(logits)
-    total = sum(math.exp(v - top) for v in logits)
-    return [math.exp(v - top) / total for v in logits]
-
-
-def naive_text_features(model):
-    features = model.text_encoder(*model.prompt_learner()).double()
-    return features / features.norm(dim=-1, keepdim=True)
-
-
-@pytest.mark.parametrize("form", ["paper", "infonce"])
-@pytest.mark.parametrize("location", ["random", "top", "bottom"])
-@pytest.mark.parametrize("k, classes", [(3, 8), (5, 8), (5, 3), (1, 2)])
-def test_training_loss_equals_the_loop(clip_file, form, location, k, classes):
-    model = build(clip_file, NAMES[:classes], K=k, LOSS=form, LOCATION=location, BLOCK_WIDTH=0.75)
-    model.backbone.logit_scale.data.fill_(2.5)  # probabilities far from 0 and 1
-    images = torch.randn(5, 3, SIZE, SIZE)
-    labels = torch.arange(5) % classes
+def loss_and_places(model, images, labels):
+    """A training step and the places that it drew."""
     torch.manual_seed(7)
-    losses, log_p = model(images, labels)
+    step = model.loss(images, labels)
     torch.manual_seed(7)
-    places = random_places(5, SIZE, model.block, location).tolist()
+    return step, model.places(images).tolist()
 
-    lower = 0
+
+def conditional_probability(model, image, c, place, text):
+    """p(c|x_c)."""
+    return naive_probabilities(model, naive_paste(image, model.visual_prompts[c], *place), text)[c]
+
+
+@pytest.mark.parametrize(
+    "k, classes, options",
+    [
+        (3, 8, {"LOSS": "paper"}),
+        (5, 8, {"LOSS": "infonce", "LOCATION": "top", "BLOCK_WIDTH": 0.75}),
+        (5, 3, {"LOSS": "paper", "LOCATION": "bottom", "TEXT_PROMPT": "generic"}),
+        (1, 2, {"LOSS": "infonce", "TUNE_VISUAL": True}),
+        (3, 8, {"LOSS": "infonce", "ADAPTER": True}),
+    ],
+)
+def test_training_loss_equals_loop(clip_file, k, classes, options):
+    model = build(clip_file, NAMES[:classes], K=k, **options)
+    if "ADAPTER" in options:
+        model.learned.adapter.fill(torch.randn(10, 24).double(), torch.arange(10) % classes)
+    images, labels = batch_of(model, 5), torch.arange(5) % classes
+    step, places = loss_and_places(model, images, labels)
+    losses, smaller = [], 0
     with torch.no_grad():
         text = naive_text_features(model)
-        for i, (image, y) in enumerate(zip(images, labels.tolist())):
+        for i, (image, y) in enumerate(zip(images.pixels, labels.tolist())):
             p = naive_probabilities(model, image, text)
-            assert log_p[i].exp().tolist() == pytest.approx(p, rel=1e-3)
-            negatives = [c for c in sorted(range(classes), key=lambda c: -p[c]) if c != y][:k]
-            conditional = {
-                c: naive_probabilities(model, naive_paste(image, model.visual_prompts[c], *places[i]), text)[c]
-                for c in (y, *negatives)
-            }
-            positive = min(p[y], conditional[y])
-            lower += conditional[y] < p[y]
-            others = sum(max(p[c], conditional[c]) for c in negatives)
-            expected = -math.log(positive / (others + (positive if form == "infonce" else 0)))
-            assert losses[i].item() == pytest.approx(expected, abs=2e-3)
-    assert model.conditional_minimum.item() == pytest.approx(lower / 5)
+            assert step.logits[i].exp().tolist() == pytest.approx(p, rel=1e-9)
+            negatives = [c for c in naive_ranking(p) if c != y][:k]
+            conditional = {c: conditional_probability(model, image, c, places[i], text) for c in (y, *negatives)}
+            losses.append(naive_min_max_loss(p, conditional, y, negatives, options["LOSS"]))
+            smaller += conditional[y] < p[y]
+    assert list(step.losses) == ["loss"] and step.total.item() == pytest.approx(sum(losses) / 5, rel=1e-9)
+    assert step.log["conditional_minimum"].item() == pytest.approx(100 * smaller / 5)
 
 
-@pytest.mark.parametrize("k, classes", [(5, 8), (2, 8), (5, 3), (8, 8), (1, 2)])
-def test_selection_equals_the_loop(clip_file, k, classes):
-    model = build(clip_file, NAMES[:classes], K=k, VISUAL_SEED=3)
-    model.backbone.logit_scale.data.fill_(2.5)
-    images = torch.randn(5, 3, SIZE, SIZE)
-    paths = [f"caltech-101/{i}.jpg" for i in range(5)]
+@pytest.mark.parametrize("k, classes, adapter", [(5, 8, False), (2, 8, True), (5, 3, False), (1, 2, False)])
+def test_selection_equals_loop(clip_file, k, classes, adapter):
+    model = build(clip_file, NAMES[:classes], K=k, VISUAL_SEED=3, ADAPTER=adapter)
+    if adapter:
+        model.learned.adapter.fill(torch.randn(10, 24).double(), torch.arange(10) % classes)
+    images = batch_of(model, 5, [f"caltech-101/{i}.jpg" for i in range(5)])
     with torch.no_grad():
-        scores = model.select(model.batch(images, paths), model.text_features())
-        text = naive_text_features(model)
-        for i, (image, place) in enumerate(zip(images, fixed_places(paths, 3, SIZE, model.block, "random").tolist())):
+        text, places = naive_text_features(model), model.places(images).tolist()
+        comparison = model.compare(images, model.text_features())
+        assert torch.equal(comparison.scores, model.score(images, model.text_features()))
+        assert comparison.places.tolist() == places
+        for i, image in enumerate(images.pixels):
             p = naive_probabilities(model, image, text)
-            candidates = sorted(range(classes), key=lambda c: -p[c])[:k]
-            final = {
-                c: max(p[c], naive_probabilities(model, naive_paste(image, model.visual_prompts[c], *place), text)[c])
-                for c in candidates
-            }
-            assert scores[i].argmax() == max(final, key=final.get)
-            expected = [final.get(c, 0.0) for c in range(classes)]
-            assert scores[i].exp().tolist() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+            candidates = naive_ranking(p)[:k]
+            conditional = {c: conditional_probability(model, image, c, places[i], text) for c in candidates}
+            final = {c: max(p[c], conditional[c]) for c in candidates}
+            assert comparison.scores[i].argmax() == max(final, key=final.get)
+            assert comparison.scores[i].exp().tolist() == pytest.approx([final.get(c, 0.0) for c in range(classes)])
+            assert comparison.original[i].exp().tolist() == pytest.approx(p)
+            assert comparison.candidates[i].tolist() == candidates
+            assert comparison.conditional[i].exp().tolist() == pytest.approx([conditional[c] for c in candidates])
 
 
 @pytest.mark.parametrize("use", ["none", "text_augmentation", "paired"])
-def test_ablations_of_table_4a_equal_the_loop(clip_file, use):
-    model, whole = (build(clip_file, K=3, VISUAL_PROMPT=v) for v in (use, "selection"))
-    for m in (model, whole):
-        m.backbone.logit_scale.data.fill_(2.5)
-    images, labels = torch.randn(4, 3, SIZE, SIZE), torch.tensor([0, 3, 3, 7])
-    torch.manual_seed(7)
-    losses, _ = model(images, labels)
-    torch.manual_seed(7)
-    places = random_places(4, SIZE, model.block, "random").tolist()
+def test_ablations_of_table_4a_equal_loop(rn_file, use):
+    model = build(rn_file, K=3, VISUAL_PROMPT=use)
+    images, labels = batch_of(model, 4, list("abcd")), torch.tensor([0, 3, 3, 7])
+    step, places = loss_and_places(model, images, labels)
+    expected = 0.0
     with torch.no_grad():
         text = naive_text_features(model)
-        for i, (image, y) in enumerate(zip(images, labels.tolist())):
-            p = naive_probabilities(model, image, text)[y]
-            pasted = naive_paste(image, model.visual_prompts[y], *places[i])
-            conditional = naive_probabilities(model, pasted, text)[y]
+        probabilities = [naive_probabilities(model, image, text) for image in images.pixels]
+        for image, y, place, p in zip(images.pixels, labels.tolist(), places, probabilities):
+            negatives = [c for c in naive_ranking(p) if c != y][:3]
+            conditional = {c: conditional_probability(model, image, c, place, text) for c in (y, *negatives)}
             if use == "none":
-                assert losses[i].item() == pytest.approx(-math.log(p), abs=2e-3)
+                expected -= math.log(p[y]) / 4
             elif use == "text_augmentation":
-                assert losses[i].item() == pytest.approx(-(math.log(p) + math.log(conditional)) / 2, abs=2e-3)
-        if use == "paired":  # trained like the whole method
-            torch.manual_seed(7)
-            torch.testing.assert_close(losses, whole(images, labels)[0])
-        # none of them selects: the original image alone decides
-        scores = model.select(model.batch(images, list("abcd")), model.text_features())
-        expected = [naive_probabilities(model, image, text) for image in images]
-        torch.testing.assert_close(scores.exp(), torch.tensor(expected), atol=1e-4, rtol=1e-3)
+                expected -= (math.log(p[y]) + math.log(conditional[y])) / 8
+            else:  # trained like the whole method
+                expected += naive_min_max_loss(p, conditional, y, negatives, "infonce") / 4
+        scores = model.score(images, model.text_features())  # the original image alone decides
+    assert step.total.item() == pytest.approx(expected, rel=1e-9)
+    torch.testing.assert_close(scores.exp(), torch.tensor(probabilities, dtype=torch.float64))
 
 
-def test_blocks_are_normalised_like_the_images(clip_file):
-    raw, normalised = build(clip_file, transforms=()), build(clip_file)
-    assert raw.visual_prompts.shape == (len(NAMES), 3, 9, SIZE) and raw.visual_prompts.min() >= 0
+def test_blocks_are_normalised_like_the_images(rn_file):
+    raw, normalised = build(rn_file, transforms=()), build(rn_file)
+    assert raw.visual_prompts.shape == (len(NAMES), 3, 9, SIZE)
+    assert raw.visual_prompts.min() >= 0 and raw.visual_prompts.max() <= 1
     for channel in range(3):
         expected = (raw.visual_prompts[:, channel] - MEAN[channel]) / STD[channel]
-        torch.testing.assert_close(normalised.visual_prompts[:, channel], expected)
+        torch.testing.assert_close(normalised.visual_prompts[:, channel], expected, atol=1e-6, rtol=1e-6)
 
 
-def test_a_class_keeps_its_block_in_every_subset(clip_file):
-    everything, new = build(clip_file), build(clip_file, NAMES[4:])
-    assert torch.equal(everything.visual_prompts[4:], new.visual_prompts)
+MLP = {f"meta_net.linear{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
 
 
-@pytest.mark.parametrize("text", ["two_stage", "generic"])
-def test_gradients_reach_the_text_prompts_and_nothing_else(clip_file, text):
-    model = build(clip_file, TEXT_PROMPT=text)
-    visual_graph = []
-    model.backbone.visual.register_forward_hook(lambda m, i, output: visual_graph.append(output.requires_grad))
-    mlp = [f"meta_net.linear{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")]
-    stages = {"generic": [["ctx"]], "two_stage": [mlp, ["ctx"]]}[text]
-    for i, expected in enumerate(stages):
-        if i == 1:
-            model.prompt_learner.begin_stage_2()
-        model.zero_grad(set_to_none=True)
-        losses, _ = model(torch.randn(4, 3, SIZE, SIZE), torch.arange(4))
-        losses.sum().backward()
-        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        assert list(found) == [f"prompt_learner.{name}" for name in expected]
-        assert found[f"prompt_learner.{expected[-1]}"].abs().max() > 0
-    assert not any(visual_graph) and not model.visual_prompts.requires_grad
+@pytest.mark.parametrize(
+    "stage, options, expected",
+    [
+        (1, {}, MLP),
+        (2, {}, {"ctx"}),
+        (1, {"TEXT_PROMPT": "generic"}, {"ctx"}),
+        (1, {"TUNE_VISUAL": True}, MLP | {"visual_prompts.pixels"}),
+        (2, {"TUNE_VISUAL": True}, {"ctx", "visual_prompts.pixels"}),
+        (3, {"TUNE_VISUAL": True, "ADAPTER": True}, {"adapter.keys"}),
+        (3, {"TEXT_PROMPT": "generic", "ADAPTER": True}, {"adapter.keys"}),
+    ],
+)
+def test_gradients_reach_what_the_stage_trains_and_nothing_else(rn_file, stage, options, expected):
+    model, graphs = build(rn_file, **options), []
+    model.backbone.visual.register_forward_hook(lambda module, args, output: graphs.append(output.requires_grad))
+    if stage >= 2 and "TEXT_PROMPT" not in options:
+        model.learned.begin_stage_2()
+    if stage == 3:
+        model.learned.adapter.fill(torch.randn(10, 24).double(), torch.arange(10) % len(NAMES))
+    model.loss(batch_of(model, 4), torch.arange(4)).total.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == {f"learned.{name}" for name in expected}
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+    assert any(graphs) == ("visual_prompts.pixels" in expected)  # no graph through the frozen image encoder
 
 
-def test_chunks_change_nothing(clip_file, monkeypatch):
-    model = build(clip_file)
-    images, paths = torch.randn(5, 3, SIZE, SIZE), list("abcde")
-    with torch.no_grad():
-        text = model.text_features()
-        whole = model.select(model.batch(images, paths), text)
-        monkeypatch.setattr(logoprompt, "CHUNK", 3)
-        torch.testing.assert_close(model.select(model.batch(images, paths), text), whole, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("form", ["infonce", "paper"])
+def test_gradient_of_pixels_equals_finite_differences(clip_file, form):
+    model = build(clip_file, BASE, TUNE_VISUAL=True, LOSS=form, TEXT_PROMPT="generic")
+    images, labels, pixels = batch_of(model, 2), torch.tensor([0, 2]), model.learned.visual_prompts.pixels
+
+    def loss():
+        torch.manual_seed(7)
+        return model.loss(images, labels).total
+
+    loss().backward()
+    checked = 0
+    for c in range(4):  # the pixel of largest gradient, and another one
+        flat = pixels.grad[c].flatten()
+        for i in (int(flat.abs().argmax()), 17):
+            with torch.no_grad():
+                ends = []
+                for step in (1e-5, -1e-5):
+                    pixels[c].view(-1)[i] += step
+                    ends.append(loss().item())
+                    pixels[c].view(-1)[i] -= step
+            assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(flat[i].item(), rel=1e-3, abs=1e-7)
+            checked += abs(flat[i].item()) > 1e-6
+    assert checked >= 2
 
 
-def test_one_class_and_duplicate_names(clip_file):
-    single = build(clip_file, ["cup"])
-    losses, _ = single(torch.randn(2, 3, SIZE, SIZE), torch.zeros(2, dtype=torch.long))
-    assert losses.tolist() == [0.0, 0.0]
-    twins = build(clip_file, ["missile", "cup", "missile", "face"])
-    losses, _ = twins(torch.randn(2, 3, SIZE, SIZE), torch.tensor([0, 2]))
-    assert torch.isfinite(losses).all()
-    assert torch.equal(twins.visual_prompts[0], twins.visual_prompts[2])
+@pytest.fixture
+def run(data_root, rn_file, tmp_path):
+    runs = Runs(data_root, rn_file, tmp_path)
+    return lambda *opts, **more: runs("OPTIM.MAX_EPOCH", 5, *opts, **more), runs
 
 
-def test_half_precision_encoders_give_finite_float32_losses(clip_file):
-    model = build(clip_file)
-    model.backbone.half_weights()
-    images, labels = torch.randn(3, 3, SIZE, SIZE), torch.arange(3)
-    prompts = logoprompt.PromptLearner(model.backbone, NAMES, 4)
-    assert prompts.ctx.dtype == torch.float16
-    torch.manual_seed(7)
-    model.prompt_learner = prompts
-    losses, log_p = model(images, labels)
-    assert losses.dtype == log_p.dtype == torch.float32
-    assert torch.isfinite(losses).all()
+def test_every_stage_trains_its_own_parameters(run):
+    train, runs = run
+    train("TRAIN.CHECKPOINT_FREQ", 1, "TRAINER.LOGOPROMPT.MLP_REDUCTION", 2)  # with one hidden unit it may be dead
+    found = runs.states()
+    assert sorted(found) == [1, 2, 3, 4, 5]  # three of stage 1, two of stage 2
+    for before, after in ((1, 2), (2, 3), (3, 4), (4, 5)):
+        same = {key for key in found[before] if torch.equal(found[before][key], found[after][key])}
+        assert ("ctx" in same) == (after <= 3) and MLP.isdisjoint(same) == (after <= 3)
+        assert found[after]["trained"].tolist() == [after > 3] * 4
+
+
+@pytest.mark.parametrize("stage_1", [0, 2, 5])
+def test_every_stage_has_its_own_schedule(run, monkeypatch, stage_1):
+    """One epoch of warm-up, then a cosine; also for the pixels, at their own rate."""
+    train, _ = run
+    rates, run_epoch = [], logoprompt.LoGoPrompt.run_epoch
+
+    def note(trainer):
+        rates.append(sorted({group["lr"] for group in trainer.optim.param_groups}))
+        run_epoch(trainer)
+
+    monkeypatch.setattr(logoprompt.LoGoPrompt, "run_epoch", note)
+    options = {"STAGE1_EPOCHS": stage_1, "STAGE2_LR": 0.01, "TUNE_VISUAL": True, "VISUAL_LR": 10.0}
+    train("OPTIM.LR", 0.1, *(x for key, v in options.items() for x in (f"TRAINER.LOGOPROMPT.{key}", v)))
+    expected = []
+    for lr, epochs in ((0.1, stage_1), (0.01, 5 - stage_1)):
+        cosine = [(1 + math.cos(math.pi * (e - 1) / epochs)) / 2 for e in range(1, epochs)]
+        expected += [[1e-5]] * (epochs > 0) + [[lr * factor, 10 * factor] for factor in cosine]
+    assert len(rates) == 5
+    for found, values in zip(rates, expected):
+        assert found == pytest.approx(values, rel=1e-6)
+
+
+@pytest.mark.parametrize("done", [1, 3, 4])
+def test_interrupted_run_ends_with_the_same_prompts(run, done):
+    run[1].check_resume(done, "OPTIM.MAX_EPOCH", 5, "TRAINER.LOGOPROMPT.TUNE_VISUAL", True)
+
+
+def test_log_is_read_by_parse_test_res_of_coop(run):
+    """It takes the last accuracy after "Finish training", or after "=> result" of test-only runs."""
+    train, runs = run
+    train("TEST.FINAL_MODEL", "best_val")  # logs an accuracy on validation images after every epoch
+    train("DATASET.SUBSAMPLE_CLASSES", "new", out="new", flags=runs.evaluation())
+    for out, signal in (("run", "Finish training"), ("new", "=> result")):
+        before, after = (runs.folder / out / "log.txt").read_text().split(f"\n{signal}\n")[-2:]
+        accuracy = json.loads((runs.folder / out / "results.json").read_text())["metrics"]["accuracy"]
+        assert after.count(f"* accuracy: {accuracy:.1f}%\n") == after.count("* accuracy: ") == 1
+        assert before.count("* accuracy: ") == (5 if out == "run" else 0)
+
+
+def test_one_checkpoint_serves_base_new_and_all_classes(run):
+    """Text of untrained classes comes from stage 1, their blocks are the rendered ones."""
+    train, runs = run
+    tuned = ("TRAINER.LOGOPROMPT.TUNE_VISUAL", True, "TRAINER.LOGOPROMPT.VISUAL_LR", 50.0)
+    trained = train(*tuned)
+    pixels = runs.states()[5]["visual_prompts.pixels"]
+    rendered = blocks_of(trained.cfg.TRAINER.LOGOPROMPT, NAMES, SIZE)
+    assert pixels.min() >= 0 and pixels.max() <= 1 and not torch.equal(pixels, rendered[:4])
+    text, blocks = {}, {}
+    for subset, names in (("base", BASE), ("new", NEW), ("all", NAMES)):
+        tested = train(*tuned, "DATASET.SUBSAMPLE_CLASSES", subset, flags=runs.evaluation(), out=subset)
+        assert tested.classnames == names
+        text[subset], blocks[subset] = tested.model.text_features(), tested.model.learned.visual_prompts.pixels
+        results = json.loads((runs.folder / subset / "results.json").read_text())
+        assert results["classes"] == len(names) and results["images"] == 4 * len(names)
+    torch.testing.assert_close(text["base"], trained.model.text_features())
+    torch.testing.assert_close(text["all"], torch.cat([text["base"], text["new"]]))
+    torch.testing.assert_close(blocks["all"].detach().cpu(), torch.cat([pixels, rendered[4:]]))

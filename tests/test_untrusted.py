@@ -1,131 +1,102 @@
-"""Files from elsewhere (weights, checkpoints, pickles, JSON, YAML, archives, images) execute and write nothing."""
+"""Files from elsewhere (weights, checkpoints, JSON, YAML, images) are data: nothing in them is executed."""
 
 import ast
-import io
-import json
+import hashlib
 import os
 import pickle
-import pickletools
 import re
-import shutil
 import struct
-import sys
 import tarfile
 import warnings
 import zipfile
 import zlib
-from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from helpers import Runs, one_line
 from PIL import Image, PngImagePlugin
-from tiny import NAMES, SIZE, arguments, clip_state_dict
+from tiny import SIZE, arguments, clip_state_dict
 
-import dataset_fetch
 import train
-from datasets.fewshot import PickledDatum, read_pickled
 from datasets.splits import read_split
-from trainers.prompting import images as reading
-from trainers.prompting.backbone import load_clip
-from trainers.prompting.checkpoints import read_checkpoint
+from trainers.prompting.backbone import OPENAI_MODELS, load_clip
+from trainers.prompting.checkpoint import read_checkpoint
+from trainers.prompting.data import FORMATS, MAX_PIXELS, decoded_size, read_image
 from trainers.prompting.errors import UserError
-from trainers.prompting.images import decoded_size, read_image
-from trainers.prompting.inert import load_inert, load_plain, load_script, load_weights
+from trainers.prompting.text_encoder import encode_texts
+from trainers.prompting.weights import load_init_weights, load_tensors
 
-pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+pytestmark = pytest.mark.filterwarnings("ignore:.*pickle protocol", "ignore:.*torch.jit", "ignore:.*TorchScript")
 
-# ------------------------------------------------------------------------------------------------- what code may say
-
-BANNED = {
-    **dict.fromkeys(["torch.jit.load", "os.system", "os.popen", "eval", "exec", "__import__", "marshal.loads"], ""),
-    **dict.fromkeys(["pickle.load", "pickle.loads", "pickle.Unpickler", "yaml.unsafe_load", "yaml.full_load"], ""),
-    **dict.fromkeys(["joblib.load", "shelve.open", "merge_from_file", "read_pickle", "load_pretrained_weights"], ""),
-}
+BANNED = {"torch.jit.load", "os.system", "os.popen", "eval", "exec", "__import__", "marshal.loads", "pickle.load"}
+BANNED |= {"pickle.loads", "pickle.Unpickler", "yaml.unsafe_load", "yaml.full_load", "joblib.load", "shelve.open"}
+BANNED_METHODS = {"merge_from_file", "read_pickle", "load_pretrained_weights"}  # on any object
+CHECKED = {"torch.load", "yaml.load"}  # allowed with certain arguments, and only under these names
 
 
-def findings(source):
-    """Calls in a Python file that execute what they are given or unpickle it: [(line, text), …]."""
+def dangerous_calls(source):
+    """Lines and texts of the calls in a Python file that unpickle or execute their input."""
     found = []
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ClassDef):
             unpickler = any(ast.unparse(base).endswith("Unpickler") for base in node.bases)
             if unpickler and not any(getattr(item, "name", "") == "find_class" for item in node.body):
                 found.append((node.lineno, f"{node.name} finds every class"))
-        elif isinstance(node, ast.ImportFrom) and node.module in ("torch", "torch.jit", "pickle", "yaml", "os"):
+        elif isinstance(node, ast.ImportFrom):
             names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found += [(node.lineno, name) for name in names & (BANNED.keys() | {"torch.load", "yaml.load"})]
+            found += [(node.lineno, name) for name in names & (BANNED | CHECKED)]
         elif isinstance(node, ast.Call):
-            name, text = ast.unparse(node.func), ast.unparse(node)
-            words = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            name, words = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
             bad = (
                 name in BANNED
-                or name.split(".")[-1] in BANNED
-                and "." in name
-                and name.split(".")[-1]
-                not in (
-                    "eval",  # of a module
-                    "exec",
-                )
+                or name.split(".")[-1] in BANNED_METHODS
+                or (name == "torch.load" and words.get("weights_only") != "True")
+                or (name == "yaml.load" and words.get("Loader") not in ("yaml.SafeLoader", "loader"))
+                or (name in ("np.load", "numpy.load") and words.get("allow_pickle", "False") != "False")
+                or (name.endswith(".extractall") and "filter" not in words)
+                or words.get("shell", "False") != "False"
+                or "pickle_module" in words
             )
-            bad |= name == "torch.load" and words.get("weights_only") != "True"
-            bad |= name == "yaml.load" and words.get("Loader") not in ("yaml.SafeLoader", "loader")
-            bad |= name in ("np.load", "numpy.load") and words.get("allow_pickle", "False") != "False"
-            bad |= name.endswith(".extractall") and "filter" not in words
-            bad |= words.get("shell", "False") != "False" or "pickle_module" in words
-            found += [(node.lineno, text)] if bad else []
+            found += [(node.lineno, ast.unparse(node))] if bad else []
     return found
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "torch.load(path)",
-        "torch.load(path, weights_only=False)",
-        "torch.load(path, weights_only=flag)",
-        "torch.load(path, pickle_module=mine, weights_only=True)",
-        "torch.jit.load(path)",
-        "from torch import load",
-        "from pickle import loads as innocent",
-        "pickle.load(file)",
-        "pickle.Unpickler(file).load()",
-        "class Mine(pickle.Unpickler):\n    pass",
-        "yaml.load(text)",
-        "yaml.load(text, Loader=yaml.UnsafeLoader)",
-        "eval(text)",
-        "exec(text)",
-        "os.system(text)",
-        "subprocess.run(text, shell=True)",
-        "np.load(path, allow_pickle=True)",
-        "archive.extractall(folder)",
-        "cfg.merge_from_file(path)",
-    ],
-)
-def test_the_search_finds(line):
-    assert findings(line)
+DANGEROUS = """torch.load(path); torch.load(path, weights_only=flag); torch.jit.load(path); from torch import load
+torch.load(path, pickle_module=mine, weights_only=True); from pickle import loads as innocent; eval(text)
+pickle.Unpickler(file).load(); class Mine(pickle.Unpickler): pass; yaml.load(text, Loader=yaml.UnsafeLoader)
+subprocess.run(text, shell=True); np.load(path, allow_pickle=True); archive.extractall(folder)
+cfg.merge_from_file(path)"""
 
 
-def test_the_search_knows_what_is_harmless():
-    allowed = "model.eval()\ntorch.load(p, weights_only=True)\nyaml.safe_load(t)\nclass U(pickle.Unpickler):\n    "
-    assert not findings(allowed + "def find_class(self, module, name): ...")
+def test_search_finds_dangerous_calls():
+    for line in re.split("; |\n", DANGEROUS):
+        assert dangerous_calls(line), line
+    harmless = "model.eval()\ntorch.load(p, weights_only=True)\nyaml.safe_load(t)\nclass U(pickle.Unpickler):\n    "
+    assert not dangerous_calls(harmless + "def find_class(self, module, name): ...")
 
 
 def test_no_code_of_ours_executes_a_file():
-    paths = [ROOT / "train.py"]
-    paths += [p for name in ("trainers", "datasets", "fallback", "tools") for p in sorted((ROOT / name).rglob("*.py"))]
-    assert len(paths) > 80
-    found = {str(path.relative_to(ROOT)): findings(path.read_text(encoding="utf-8")) for path in paths}
-    assert {name: calls for name, calls in found.items() if calls} == {}
-
-
-# ------------------------------------------------------------------------------------------------- payloads
+    """``torch.jit.load`` occurs once, behind the checksum of a published archive."""
+    folders = [folder for folder in ("trainers", "datasets", "fallback", "tools", "toy") if (ROOT / folder).is_dir()]
+    paths = [ROOT / "train.py", *(path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))]
+    found = {}
+    for path in paths:
+        name, source = path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+        found[name] = dangerous_calls(source)
+        if name == "trainers/prompting/backbone.py":
+            (node,) = [n for n in ast.parse(source).body if getattr(n, "name", "") == "_open_published_archive"]
+            ((line, call),) = found[name]
+            assert node.lineno <= line <= node.end_lineno and call.startswith("torch.jit.load(")
+            found[name] = []
+    assert {name: calls for name, calls in found.items() if calls} == {} and len(paths) > 60
 
 
 class Call:
-    """Calls what it likes when it is unpickled."""
+    """Calls a function when it is unpickled."""
 
     def __init__(self, *call):
         self.call = call
@@ -134,46 +105,27 @@ class Call:
         return self.call
 
 
-class State:
-    """A harmless class whose state does it (``__setstate__``)."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __setstate__(self, state):
-        open(state["path"], "w").close()
-
-
 def payloads(marker):
-    """Raw pickles each of which makes the file ``marker`` where it is loaded with care for nothing."""
+    """Raw pickles, each of which makes the file ``marker`` when it is unpickled."""
     command = f"touch {marker}"
-    text = str(marker).encode()
+    shell, text = command.encode(), str(marker).encode()
     return {
         "reduce": pickle.dumps(Call(os.system, (command,)), 2),
         "reduce 4": pickle.dumps(Call(os.system, (command,)), 4),
         "eval": pickle.dumps(Call(eval, (f"open({str(marker)!r}, 'w')",))),
-        "global": b"cos\nsystem\n(S'" + command.encode() + b"'\ntR.",
-        "inst": b"(S'" + command.encode() + b"'\nios\nsystem\n.",
-        "obj": b"(cos\nsystem\nS'" + command.encode() + b"'\no.",
+        "global": b"cos\nsystem\n(S'" + shell + b"'\ntR.",
+        "inst": b"(S'" + shell + b"'\nios\nsystem\n.",
+        "obj": b"(cos\nsystem\nS'" + shell + b"'\no.",
         "newobj": b"\x80\x02cbuiltins\nopen\nX" + struct.pack("<I", len(text)) + text + b"X\x01\x00\x00\x00w\x86R.",
-        "setstate": pickle.dumps(State(str(marker))),
         "nested": pickle.dumps(Call(pickle.loads, (pickle.dumps(Call(os.system, (command,))),))),
-        "a folder": pickle.dumps(Call(os.makedirs, (str(marker),))),
     }
 
 
-KINDS = list(payloads(Path("x")))
-
-
-def zipped(path, pickled, storages=(), **records):
-    """A file of torch with any pickle in it."""
+def zipped(path, pickled):
+    """A torch file with any pickle in it."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/version", b"3\n")
-        for key, content in storages:
-            archive.writestr(f"archive/data/{key}", content)
-        for name, content in records.items():
-            archive.writestr(f"archive/{name}", content)
 
 
 def legacy(path, pickled):
@@ -190,92 +142,63 @@ def within(payload, key="state_dict"):
     return head + body[:-1] + b"u."
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_payloads_do_work(kind, tmp_path):
-    """Else the tests below would show nothing."""
-    marker = tmp_path / "marker"
-    pickle.loads(payloads(marker)[kind])
-    assert marker.exists()
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", payloads(Path("x")))
 @pytest.mark.parametrize("write", [zipped, legacy])
-def test_a_checkpoint_executes_nothing(kind, write, tmp_path):
+def test_checkpoint_executes_nothing(kind, write, tmp_path):
     marker, path = tmp_path / "marker", tmp_path / "model.pth.tar-1"
     payload = payloads(marker)[kind]
-    readers = (read_checkpoint, load_inert, load_plain, load_script, load_clip)
+    pickle.loads(payload)
+    assert marker.exists()  # elsewhere it works
+    marker.unlink()
     for pickled in (payload, within(payload), within(payload, "epoch"), within(payload, "extra")):
         write(path, pickled)
-        for reader in readers:
-            with pytest.raises(Exception) as caught:  # noqa: B017 (torch's, pickle's and zip's own)
-                reader(str(path))
-            if reader in (read_checkpoint, load_clip):
-                assert caught.type is UserError and str(path) in str(caught.value)
+        for reader in (read_checkpoint, load_clip, lambda path: load_init_weights(torch.nn.Linear(2, 2), path)):
+            assert str(path) in one_line(lambda r=reader: r(str(path)))
             assert not marker.exists()
-        with pytest.raises(UserError, match=str(path)):
-            load_weights(torch.nn.Linear(2, 2), str(path))
+        with suppress(Exception):  # an object may be read as an inert placeholder
+            load_tensors(str(path))
         assert not marker.exists()
 
 
-def test_a_run_executes_nothing(data_root, rn_file, tmp_path, capsys):
-    """Through the command line: as weights, as a model, as weights to start from, as a checkpoint to go on from."""
+def test_run_executes_nothing(data_root, rn_file, tmp_path, capsys):
+    """As weights, as a model, as weights to start from, as a checkpoint to resume from."""
     marker, path = tmp_path / "marker", tmp_path / "model" / "prompt_learner" / "model.pth.tar-1"
     path.parent.mkdir(parents=True)
     zipped(path, within(payloads(marker)["reduce"]))
     (path.parent / "checkpoint").write_text(f"{path.name}\n")
-    out = tmp_path / "out"
-    evaluate = ["--eval-only", "--model-dir", tmp_path / "model", "--load-epoch", "1"]
-    for argv in (
-        arguments("CoOp", data_root, path, out),
-        arguments("CoOp", data_root, rn_file, out, flags=evaluate),
-        arguments("CoOp", data_root, rn_file, out, flags=["--resume", tmp_path / "model"]),
-        arguments("CoOp", data_root, rn_file, out, "MODEL.INIT_WEIGHTS", path),
+    run = Runs(data_root, rn_file, tmp_path, "CoOp")
+    for backbone, opts, flags in (
+        (path, (), ()),
+        (rn_file, (), [*run.evaluation("model"), "--load-epoch", "1"]),
+        (rn_file, (), ["--resume", tmp_path / "model"]),
+        (rn_file, ("MODEL.INIT_WEIGHTS", path), ()),
     ):
-        assert train.main(argv) == 2
+        run.backbone = backbone
+        run(*opts, flags=flags, out="out", status=2)
         assert str(path.parent) in capsys.readouterr().err
         assert not marker.exists()
 
 
-@pytest.mark.parametrize("config", [7, "a: [", "[" * 50_000, "OPTIM: !!python/object/apply:os.getcwd []", "words"])
-def test_a_config_in_a_checkpoint_that_is_none(config, tmp_path):
-    path = tmp_path / "model.pth.tar-1"
-    torch.save({"state_dict": {"ctx": torch.zeros(2)}, "epoch": 1, "config": config}, path)
-    with pytest.raises(UserError, match="not a checkpoint that can be read"):
-        read_checkpoint(str(path))
-
-
-def test_files_of_other_kinds_are_refused(tmp_path):
+def test_other_archives_are_refused(tmp_path):
     """An archive within an archive, NumPy's, a tar: none is taken for a checkpoint, none executes anything."""
-    marker = tmp_path / "marker"
-    inner, path = tmp_path / "inner.pt", tmp_path / "outer.pt"
+    marker, inner, outer = tmp_path / "marker", tmp_path / "inner", tmp_path / "outer"
     zipped(inner, payloads(marker)["reduce"])
-    files = [inner.read_bytes()]
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data/0", inner.read_bytes())
-    files.append(path.read_bytes())
+    with zipfile.ZipFile(outer, "w") as archive:
+        archive.write(inner, "archive/data/0")
+    with tarfile.open(tmp_path / "tar", "w") as archive:
+        archive.add(inner, "storages")
     np.savez(tmp_path / "x.npz", a=np.array([Call(os.system, (f"touch {marker}",))], dtype=object))
-    files.append((tmp_path / "x.npz").read_bytes())
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        info = tarfile.TarInfo("storages")
-        info.size = inner.stat().st_size
-        archive.addfile(info, io.BytesIO(inner.read_bytes()))
-    files += [buffer.getvalue(), b"", b"\x80", b"PK\x03\x04", pickle.dumps(Call(os.system, (f"touch {marker}",)))]
-    for name in ("x.pt", "x.npz", "x.safetensors"):
-        for content in files:
+    files = [path.read_bytes() for path in (inner, outer, tmp_path / "tar", tmp_path / "x.npz")]
+    for content in (*files, b"", b"PK\x03\x04", payloads(marker)["reduce"]):
+        for name in ("x.pt", "x.npz", "x.safetensors"):
             (tmp_path / name).write_bytes(content)
-            with pytest.raises(UserError, match=name):
-                load_clip(str(tmp_path / name))
-            with pytest.raises(UserError, match=name):
-                read_checkpoint(str(tmp_path / name))
+            for reader in (load_clip, read_checkpoint):
+                assert name in one_line(lambda r=reader, n=name: r(str(tmp_path / n)))
             assert not marker.exists()
 
 
-# ------------------------------------------------------------------------------------------------- TorchScript
-
-
 class Program(torch.nn.Module):
-    """Writes a file when it is loaded: TorchScript runs ``__setstate__``."""
+    """Writes a file when it is loaded; TorchScript runs ``__setstate__``."""
 
     def __init__(self, path: str):
         super().__init__()
@@ -297,215 +220,46 @@ class Program(torch.nn.Module):
         torch.save(state[1], state[0])
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*", "ignore:.*TorchScript.*")
-def test_a_program_is_not_run_for_its_weights(tmp_path):
+def test_program_is_not_run_for_its_weights(tmp_path):
     marker, path = tmp_path / "marker", str(tmp_path / "program.pt")
     torch.jit.script(Program(str(marker))).save(path)
     assert not marker.exists()
     torch.jit.load(path)
-    assert marker.exists()  # so that is what loading it means elsewhere
+    assert marker.exists()  # loading it means running it
     marker.unlink()
-    for reader in (load_clip, read_checkpoint):
-        with pytest.raises(UserError, match=path):
-            reader(path)
-    for reader in (load_plain, load_inert):
-        with pytest.raises(ValueError, match="TorchScript"):
-            reader(path)
+    assert "checksum is none of OpenAI's" in one_line(lambda: load_clip(path))
+    assert path in one_line(lambda: read_checkpoint(path))
+    with pytest.raises(ValueError, match="TorchScript"):
+        load_tensors(path)
     assert not marker.exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*", "ignore:.*TorchScript.*")
 @pytest.mark.parametrize("arch", ["vit", "rn"])
-def test_weights_of_a_program_are_those_that_torch_reads(arch, tmp_path):
-    """Traced and in half precision, as OpenAI's archives are."""
-    model = pytest.importorskip("open_clip.model").build_model_from_openai_state_dict(clip_state_dict(arch))
-    example = torch.zeros(1, 3, SIZE, SIZE), torch.ones(1, 77, dtype=torch.long)
-    path = str(tmp_path / "clip.pt")
+def test_published_archive_is_read(arch, tmp_path, monkeypatch):
+    """Traced, in half precision and with sizes among the buffers, as OpenAI's archives are."""
+    state = clip_state_dict(arch)
+    model = pytest.importorskip("open_clip.model").build_model_from_openai_state_dict(dict(state)).float().eval()
+    model.load_state_dict(state)
+    model.register_buffer("input_resolution", torch.tensor(SIZE))
+    path, example = tmp_path / "clip.pt", (torch.zeros(1, 3, SIZE, SIZE), torch.ones(1, 77, dtype=torch.long))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.trace(model.float().eval(), example, check_trace=False).half().save(path)
-        expected = torch.jit.load(path).state_dict()
-    found = load_script(path)
-    assert found.keys() == expected.keys() and len(found) > 60
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype and torch.equal(found[name], value)
+        torch.jit.trace(model, example, check_trace=False).half().save(str(path))
+    assert "checksum is none of OpenAI's" in one_line(lambda: load_clip(str(path)))
+    monkeypatch.setitem(OPENAI_MODELS, "RN50", ("RN50", hashlib.sha256(path.read_bytes()).hexdigest()))
+    torch.save({key: value.half() for key, value in state.items()}, tmp_path / "plain.pt")
+    archive, plain = load_clip(str(path)), load_clip(str(tmp_path / "plain.pt"))
+    image = torch.randn(2, 3, SIZE, SIZE)
+    assert torch.equal(archive.encode_image(image), plain.encode_image(image))
+    assert torch.equal(encode_texts(archive, ["cup"]), encode_texts(plain, ["cup"]))
 
 
-# ------------------------------------------------------------------------------------------------- tensors of a lie
+ROWS = ('1e999, "c"', 'NaN, "c"', '0, "\\ud800"', '"0"', '0, "c"], ["../b", 0, "c"', '0, "c"], ["/b", 0, "c"')
+SPLITS = [f'{{"train": [["a.jpg", {row}]], "val": [], "test": []}}' for row in ROWS]
 
 
-def description(key="0", numel=4, offset=0, size=(4,), stride=(1,), kind="FloatStorage"):
-    """A pickled checkpoint with one tensor as torch would describe it, right or wrong, with an object that
-    ``weights_only=True`` refuses."""
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, thing):
-            return thing.pid if isinstance(thing, Store) else None
-
-    class Store:
-        pid = ("storage", getattr(torch, kind, torch.FloatStorage), key, "cpu", numel)
-
-    class Tensor:
-        def __reduce__(self):
-            return torch._utils._rebuild_tensor_v2, (Store(), offset, size, stride, False, OrderedDict())
-
-    buffer = io.BytesIO()
-    Pickler(buffer, 2).dump({"state_dict": {"ctx": Tensor()}, "epoch": 1, "scheduler": Call(print, ())})
-    return buffer.getvalue()
-
-
-FLOATS = struct.pack("<4f", 1, 2, 3, 4)
-
-
-def test_a_tensor_as_described(tmp_path):
-    path = tmp_path / "x.pt"
-    zipped(path, description(), [("0", FLOATS)], byteorder=b"little")
-    assert read_checkpoint(str(path))["state_dict"]["ctx"].tolist() == [1, 2, 3, 4]
-    zipped(path, description(offset=1, size=(2,), stride=(2,)), [("0", FLOATS)])
-    assert read_checkpoint(str(path))["state_dict"]["ctx"].tolist() == [2, 4]
-    zipped(path, description(size=(), stride=(), offset=3), [("0", FLOATS)])
-    assert read_checkpoint(str(path))["state_dict"]["ctx"].item() == 4
-    zipped(path, description(numel=0, size=(0, 3), stride=(3, 1)), [("0", b"")])
-    assert read_checkpoint(str(path))["state_dict"]["ctx"].shape == (0, 3)
-
-
-@pytest.mark.parametrize(
-    "lie",
-    [
-        {"offset": 1},
-        {"size": (5,)},
-        {"size": (2, 3), "stride": (1, 1), "offset": 1},
-        {"size": (10**12,), "stride": (0,)},
-        {"size": (2**62, 4), "stride": (0, 1)},
-        {"offset": -1},
-        {"size": (-4,)},
-        {"stride": (-1,)},
-        {"size": (4, 1)},
-        {"size": [4]},
-        {"size": (2.0,)},
-        {"size": (True,)},
-        {"size": "4"},
-        {"numel": 5},
-        {"numel": 2**62},
-        {"numel": -4},
-        {"numel": "4"},
-        {"key": "../data.pkl"},
-        {"key": 0},
-        {"key": "1"},
-        {"kind": "ComplexFloatStorage"},
-    ],
-)
-def test_a_tensor_that_lies_is_refused(lie, tmp_path):
-    path = tmp_path / "x.pt"
-    zipped(path, description(**lie), [("0", FLOATS)])
-    with pytest.raises((ValueError, KeyError), match="not known|holds of it|cut short|data/|no state dict"):
-        load_inert(str(path))
-    with pytest.raises(UserError, match="not a checkpoint that can be read"):
-        read_checkpoint(str(path))
-
-
-def test_a_file_cannot_make_much_of_a_little(tmp_path):
-    """Compressed records, the same bytes under many names, a table of four thousand millions."""
-    path = tmp_path / "x.pt"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", description())
-        archive.writestr("archive/data/0", FLOATS)
-    with pytest.raises(ValueError, match="compresses nothing"):
-        load_inert(str(path))
-    zipped(path, description(), [("0", FLOATS)], byteorder=b"big")
-    with pytest.raises(ValueError, match="order of bytes"):
-        load_inert(str(path))
-    memo = b"\x80\x02Nr" + struct.pack("<I", 2**32 - 2) + b"."
-    assert [code.name for code, _, _ in pickletools.genops(memo)][2] == "LONG_BINPUT"
-    zipped(path, memo)
-    with pytest.raises(ValueError, match="more memory"):
-        load_inert(str(path))
-    shared = io.BytesIO()  # one storage, a thousand tensors
-    big = torch.zeros(1000)
-    torch.save({"state_dict": {f"w{i}": big for i in range(1000)}, "epoch": 1, "scheduler": Call(print, ())}, shared)
-    path.write_bytes(shared.getvalue())
-    with pytest.raises(ValueError, match="larger than what the file holds"):
-        load_inert(str(path))
-
-
-def test_modules_in_a_circle(tmp_path):
-    """A program whose module holds itself, and one whose modules multiply."""
-    path = tmp_path / "x.pt"
-    name = b"c__torch__.m\nM\n)\x81"
-    zipped(path, b"\x80\x02" + name + b"q\x00}X\x01\x00\x00\x00ah\x00sb.", constants=b"")
-    with pytest.raises(RecursionError):
-        load_script(str(path))
-    with pytest.raises(UserError, match=str(path)):
-        load_clip(str(path))
-    storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x00tQ"
-    tower = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00K\x00\x85K\x01\x85tR"  # no numbers in it
-    for i in range(17):  # 2^17 of it
-        again = bytes([i])
-        tower = name + b"}(X\x01\x00\x00\x00a" + tower + b"q" + again + b"X\x01\x00\x00\x00bh" + again + b"ub"
-    zipped(path, b"\x80\x02" + tower + b".", [("0", b"")], constants=b"")
-    with pytest.raises(ValueError, match="more tensors than in any model"):
-        load_script(str(path))
-
-
-# ------------------------------------------------------------------------------------------------- few-shot pickles
-
-
-def datum(impath="a.jpg"):
-    return (
-        b"cdassl.data.datasets.base_dataset\nDatum\n)\x81}(X\x07\x00\x00\x00_impathX"
-        + struct.pack("<I", len(impath))
-        + impath.encode()
-        + b"X\x06\x00\x00\x00_labelK\x00X\x0a\x00\x00\x00_classnameX\x03\x00\x00\x00cupub"
-    )
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_few_shot_pickle_executes_nothing(kind, tmp_path):
-    marker, path = tmp_path / "marker", tmp_path / "shot_1-seed_1.pkl"
-    path.write_bytes(b"\x80\x02}X\x05\x00\x00\x00train](" + datum() + b"es.")
-    assert read_pickled(str(path)) == {"train": [("a.jpg", 0, "cup")]}
-    payload = payloads(marker)[kind]
-    for content in (payload, within(payload, "train")):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=str(path)):
-            read_pickled(str(path))
-        assert not marker.exists()
-
-
-def test_a_pickle_cannot_change_how_the_next_one_is_read(tmp_path):
-    """It can set attributes of a class that it names; that class is its own."""
-    path = tmp_path / "shot_1-seed_1.pkl"
-    path.write_bytes(
-        b"\x80\x02cdassl.data.datasets.base_dataset\nDatum\nN}X\x07\x00\x00\x00_impathX\x04\x00\x00\x00evils\x86b."
-    )
-    with pytest.raises(UserError):
-        read_pickled(str(path))
-    assert PickledDatum._impath == ""
-
-
-# ------------------------------------------------------------------------------------------------- JSON, YAML
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "[" * 200_000,
-        '{"train": ' + "[" * 100_000 + "]" * 100_000 + ', "val": [], "test": []}',
-        '{"train": [["a.jpg", 1e999, "cup"]], "val": [], "test": []}',
-        '{"train": [["a.jpg", NaN, "cup"]], "val": [], "test": []}',
-        '{"train": [["a.jpg", 0, "\\ud800"]], "val": [], "test": []}',
-        '{"train": [["a\\u0000.jpg", 0, "cup"]], "val": [], "test": []}',
-        '{"train": [["../a.jpg", 0, "cup"]], "val": [], "test": []}',
-        '{"train": [["/etc/passwd", 0, "cup"]], "val": [], "test": []}',
-        '{"train": [["a.jpg", ' + "9" * 10_000 + ', "cup"]], "val": [], "test": [1]}',
-        '{"train": {"a": 1}, "val": [], "test": []}',
-        "null",
-        "\xff",
-        "",
-    ],
-    ids=range(13),
-)
-def test_json_that_is_no_split(content, tmp_path):
+@pytest.mark.parametrize("content", [*SPLITS, "[" * 200_000, '{"train": {"a": 1}, "val": [], "test": []}', "\xff", ""])
+def test_invalid_split_is_refused(content, tmp_path):
     path = tmp_path / "split_zhou_Caltech101.json"
     path.write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match="not a split file") as caught:
@@ -513,17 +267,7 @@ def test_json_that_is_no_split(content, tmp_path):
     assert str(path) in str(caught.value) and len(str(caught.value)) < 500
 
 
-def test_a_few_shot_sample_that_is_nonsense_is_drawn_again(data_root, rn_file, tmp_path):
-    kept = data_root / "caltech-101" / "split_fewshot" / "shot_4-seed_7.json"
-    kept.parent.mkdir(exist_ok=True)
-    for content in ("[" * 100_000, '{"source": 1}', '{"train": [["../../x.jpg", 0, "cup"]]}'):
-        kept.write_text(content)
-        argv = arguments("ZeroshotCLIP", data_root, rn_file, tmp_path / "out", flags=["--eval-only"], seed=7)
-        assert train.main(argv) == 0
-        assert json.loads(kept.read_text()).keys() == {"source", "train", "val"}
-
-
-def test_a_config_executes_nothing(data_root, rn_file, tmp_path, capsys):
+def test_config_executes_nothing(data_root, rn_file, tmp_path, capsys):
     """YAML's objects, and the Python files that yacs would import as configs."""
     marker = tmp_path / "marker"
     texts = {
@@ -542,76 +286,6 @@ def test_a_config_executes_nothing(data_root, rn_file, tmp_path, capsys):
         assert not marker.exists()
 
 
-# ------------------------------------------------------------------------------------------------- archives
-
-
-def tar(path, *members):
-    """A tar of (name, type, link) members; files hold ``evil``."""
-    with tarfile.open(path, "w") as archive:
-        for name, kind, link in members:
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, link
-            info.size = 4 if kind == tarfile.REGTYPE else 0
-            archive.addfile(info, io.BytesIO(b"evil"))
-
-
-FILE, LINK, HARD, FOLDER = tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE
-CHAIN = "d" * 200  # a path too long to be resolved was taken for one that stays inside (CVE-2025-4517)
-ESCAPES = {
-    "..": [("../owned", FILE, "")],
-    "deep ..": [("a/b/../../../owned", FILE, "")],
-    "link to a folder": [("a", LINK, ".."), ("a/owned", FILE, "")],
-    "link to a file": [("a", LINK, "../secret"), ("a", FILE, "")],
-    "absolute link": [("a", LINK, "/tmp"), ("a/owned", FILE, "")],
-    "link inside": [("a", LINK, "b"), ("b", FILE, "")],
-    "long links": [
-        (CHAIN, FOLDER, ""),
-        *[(f"{'l/' * i}l", LINK, CHAIN) for i in range(3)],
-        ("x", LINK, "l/l/../../.."),
-    ],
-    "hard link": [("a", HARD, "../secret"), ("a", FILE, "")],
-    "absolute hard link": [("a", HARD, "/etc/passwd")],
-    "device": [("a", tarfile.CHRTYPE, "")],
-    "block device": [("a", tarfile.BLKTYPE, "")],
-    "pipe": [("a", tarfile.FIFOTYPE, "")],
-}
-
-
-@pytest.mark.skipif(not hasattr(tarfile, "data_filter"), reason="then nothing is unpacked at all")
-@pytest.mark.parametrize("kind", ESCAPES)
-def test_a_tar_writes_nothing_outside(kind, tmp_path):
-    (tmp_path / "secret").write_text("mine")
-    tar(tmp_path / "x.tar", *ESCAPES[kind])
-    with pytest.raises(UserError, match="cannot be unpacked"):
-        dataset_fetch.unpack(str(tmp_path / "x.tar"), str(tmp_path / "out"))
-    assert (tmp_path / "secret").read_text() == "mine"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "secret", "x.tar"]
-    assert not Path("/tmp/owned").exists() and not any(p.is_symlink() for p in (tmp_path / "out").rglob("*"))
-
-
-@pytest.mark.parametrize(
-    "name", ["../owned", "a/../../owned", "/tmp/owned", "..\\owned", "C:\\owned", "a/../../../owned"]
-)
-def test_a_zip_writes_nothing_outside(name, tmp_path):
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
-        archive.writestr(name, "evil")
-    with pytest.raises(UserError, match="cannot be unpacked"):
-        dataset_fetch.unpack(str(tmp_path / "x.zip"), str(tmp_path / "out"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "x.zip"] and not Path("/tmp/owned").exists()
-
-
-def test_a_link_in_a_zip_is_a_file(tmp_path):
-    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
-        info = zipfile.ZipInfo("a")
-        info.external_attr = 0o120777 << 16
-        archive.writestr(info, "../secret")
-    dataset_fetch.unpack(str(tmp_path / "x.zip"), str(tmp_path / "out"))
-    assert not (tmp_path / "out" / "a").is_symlink() and (tmp_path / "out" / "a").read_text() == "../secret"
-
-
-# ------------------------------------------------------------------------------------------------- images
-
-
 def chunk(kind, content):
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
@@ -627,20 +301,18 @@ def png(width, height, *chunks):
 BOMB = zlib.compress(b"x" * 70_000_000)
 BOMBS = {
     "pixels.png": png(50_000, 50_000),
-    "wide.png": png(2**31 - 1, 1),
-    "limit.png": png(reading.MAX_PIXELS + 1, 1),
+    "limit.png": png(MAX_PIXELS + 1, 1),
     "text.png": png(8, 8, chunk(b"zTXt", b"a\0\0" + BOMB)),
     "texts.png": png(8, 8, *[chunk(b"zTXt", b"a\0\0" + zlib.compress(b"x" * 1_000_000))] * 80),
     "unicode.png": png(8, 8, chunk(b"iTXt", b"a\0\1\0\0\0" + BOMB)),
     "profile.png": png(8, 8, chunk(b"iCCP", b"a\0\0" + BOMB)),
     "pixels.ppm": b"P6 100000 100000 255\n" + b"\0" * 100,
-    "pixels.bmp": b"BM" + struct.pack("<IHHIIiiHHIIiiII", 100, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0),
     "pixels.gif": b"GIF89a" + struct.pack("<HHBBB", 65_535, 65_535, 0, 0, 0) + b"\x3b",
 }
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_an_image_bomb_is_refused_by_name(name, tmp_path):
+def test_image_bomb_is_refused_by_name(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(BOMBS[name])
     assert len(BOMBS[name]) < 200_000
@@ -648,20 +320,18 @@ def test_an_image_bomb_is_refused_by_name(name, tmp_path):
         with pytest.raises(OSError) as caught:
             read(str(path))
             read_image(str(path))  # the size alone may be right
-        assert (
-            str(caught.value).startswith(f"cannot decode image {path}: ") and len(str(caught.value).splitlines()) == 1
-        )
+        (line,) = str(caught.value).splitlines()
+        assert line.startswith(f"cannot decode image {path}: ")
 
 
-def test_a_wide_photograph_is_read_without_a_word(tmp_path, recwarn):
+def test_large_photograph_is_read_without_a_warning(tmp_path, recwarn):
     """20,000 pixels wide, and larger than where Pillow begins to warn."""
-    assert Image.MAX_IMAGE_PIXELS * 2 == reading.MAX_PIXELS
-    warnings.filterwarnings(
-        "ignore", category=Image.DecompressionBombWarning
-    )  # as importing images.py does; pytest undoes it
+    assert Image.MAX_IMAGE_PIXELS * 2 == MAX_PIXELS
+    # as importing data.py does; pytest resets it
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     Image.new("L", (20_000, 5_000), 128).save(tmp_path / "wide.png")
-    assert read_image(str(tmp_path / "wide.png")).size == (20_000, 5_000)
     assert decoded_size([str(tmp_path / "wide.png")], 1e12) == 3 * 20_000 * 5_000
+    assert read_image(str(tmp_path / "wide.png")).size == (20_000, 5_000)
     assert not recwarn.list
 
 
@@ -669,43 +339,7 @@ def test_no_other_program_reads_an_image(tmp_path):
     """PostScript would be handed to Ghostscript, whatever the file is called."""
     (tmp_path / "x.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
     with Image.open(tmp_path / "x.jpg") as image:
-        assert image.format == "EPS"
+        assert image.format == "EPS" and "EPS" not in FORMATS
     with pytest.raises(OSError, match="x.jpg: not an image of a known format"):
         read_image(str(tmp_path / "x.jpg"))
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_bomb_in_a_data_set_is_named(workers, data_root, rn_file, tmp_path, capsys):
-    tree = shutil.copytree(data_root, tmp_path / "data")
-    victim = tree / "caltech-101" / "101_ObjectCategories" / NAMES[0] / "image_0009.jpg"
-    victim.write_bytes(BOMBS["pixels.png"])
-    opts = ("DATALOADER.NUM_WORKERS", workers)
-    argv = arguments("ZeroshotCLIP", tree, rn_file, tmp_path / "out", *opts, flags=["--eval-only"])
-    assert train.main(argv) == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-    assert str(victim) in line
-
-
-def test_limits_of_pillow_are_in_force():
     assert PngImagePlugin.MAX_TEXT_CHUNK <= 2**20 and PngImagePlugin.MAX_TEXT_MEMORY <= 2**26
-    assert "EPS" not in reading.FORMATS and sys.modules["trainers.prompting.images"] is reading
-
-
-# ------------------------------------------------------------------------------------------------- SECURITY.md
-
-
-def test_every_test_that_is_named_is_there():
-    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
-    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
-    assert len(named) > 40 and text.count(".py::") == len(named)
-    for file, name in named:
-        functions = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8")).body
-        assert name in {getattr(function, "name", "") for function in functions}, f"{file}::{name}"
-    for row in re.findall(r"^\| (?!promise).*", text, re.MULTILINE):
-        assert "test_" in row, row  # no promise without a test
-
-
-def test_the_limits_it_names_are_those_of_the_code():
-    text = " ".join((ROOT / "SECURITY.md").read_text(encoding="utf-8").split())
-    assert f"{reading.MAX_PIXELS:,} pixels" in text
-    assert all(name in text.upper() for name in reading.FORMATS)

@@ -1,9 +1,10 @@
-"""Small made-up things to test on: CLIP weights, an image tree, a config."""
+"""Small made-up things to test on: CLIP weights, an image tree, the arguments of a run."""
 
 import json
 import random
 from pathlib import Path
 
+import open_clip
 import torch
 from PIL import Image, ImageDraw
 
@@ -14,79 +15,31 @@ EMBED = 24
 VOCABULARY = 49408
 CONTEXT = 77
 NAMES = ["face", "leopard", "inline_skate", "electric guitar", "Saint_Bernard", "cup", "missile", "wind chime"]
+VISION = {"vit": {"width": WIDTH, "patch_size": 16}, "rn": {"layers": (1, 1, 1, 1), "width": 8}}
 
 
 def clip_state_dict(arch: str, seed: int = 0, layers: int = 2) -> dict[str, torch.Tensor]:
-    """A random CLIP state dict in OpenAI's layout, float32, large enough weights for features that differ."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, std: float) -> torch.Tensor:
-        return torch.randn(*shape, generator=draw) * std
-
-    state = {
-        "logit_scale": torch.tensor(100.0).log(),
-        "token_embedding.weight": normal(VOCABULARY, WIDTH, std=0.3),
-        "positional_embedding": normal(CONTEXT, WIDTH, std=0.1),
-        "text_projection": normal(WIDTH, EMBED, std=WIDTH**-0.5),
-    }
-
-    def norm(name: str, width: int) -> None:
-        state[f"{name}.weight"] = 1 + normal(width, std=0.1)
-        state[f"{name}.bias"] = normal(width, std=0.1)
-
-    def linear(name: str, n_in: int, n_out: int) -> None:
-        state[f"{name}.weight"] = normal(n_out, n_in, std=n_in**-0.5)
-        state[f"{name}.bias"] = normal(n_out, std=0.1)
-
-    def transformer(prefix: str) -> None:
-        for i in range(layers):
-            block = f"{prefix}transformer.resblocks.{i}"
-            norm(f"{block}.ln_1", WIDTH)
-            norm(f"{block}.ln_2", WIDTH)
-            state[f"{block}.attn.in_proj_weight"] = normal(3 * WIDTH, WIDTH, std=WIDTH**-0.5)
-            state[f"{block}.attn.in_proj_bias"] = normal(3 * WIDTH, std=0.1)
-            linear(f"{block}.attn.out_proj", WIDTH, WIDTH)
-            linear(f"{block}.mlp.c_fc", WIDTH, 4 * WIDTH)
-            linear(f"{block}.mlp.c_proj", 4 * WIDTH, WIDTH)
-
-    def conv(name: str, n_in: int, n_out: int, kernel: int) -> None:
-        state[f"{name}.weight"] = normal(n_out, n_in, kernel, kernel, std=(n_in * kernel**2) ** -0.5)
-
-    def batch_norm(name: str, width: int) -> None:
-        norm(name, width)
-        state[f"{name}.running_mean"] = normal(width, std=0.1)
-        state[f"{name}.running_var"] = 0.3 + 0.2 * torch.rand(width, generator=draw)  # amplifies, so images differ
-        state[f"{name}.num_batches_tracked"] = torch.tensor(7)
-
-    transformer("")
-    norm("ln_final", WIDTH)
-    if arch == "vit":
-        patch = 16
-        state["visual.class_embedding"] = normal(WIDTH, std=0.3)
-        state["visual.positional_embedding"] = normal((SIZE // patch) ** 2 + 1, WIDTH, std=0.1)
-        state["visual.proj"] = normal(WIDTH, EMBED, std=WIDTH**-0.5)
-        conv("visual.conv1", 3, WIDTH, patch)
-        norm("visual.ln_pre", WIDTH)
-        norm("visual.ln_post", WIDTH)
-        transformer("visual.")
-        return state
-
-    width = 8
-    for i, (n_in, n_out) in enumerate(((3, width // 2), (width // 2, width // 2), (width // 2, width)), 1):
-        conv(f"visual.conv{i}", n_in, n_out, 3)
-        batch_norm(f"visual.bn{i}", n_out)
-    n_in = width
-    for i in range(4):
-        planes, block = width * 2**i, f"visual.layer{i + 1}.0"
-        for j, (a, b, kernel) in enumerate(((n_in, planes, 1), (planes, planes, 3), (planes, 4 * planes, 1)), 1):
-            conv(f"{block}.conv{j}", a, b, kernel)
-            batch_norm(f"{block}.bn{j}", b)
-        conv(f"{block}.downsample.0", n_in, 4 * planes, 1)
-        batch_norm(f"{block}.downsample.1", 4 * planes)
-        n_in = 4 * planes
-    state["visual.attnpool.positional_embedding"] = normal((SIZE // 32) ** 2 + 1, n_in, std=0.1)
-    for name, n_out in (("q_proj", n_in), ("k_proj", n_in), ("v_proj", n_in), ("c_proj", EMBED)):
-        linear(f"visual.attnpool.{name}", n_in, n_out)
+    """A random CLIP state dict in OpenAI's layout, float32, with weights so large that features differ."""
+    text = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": WIDTH, "heads": 1, "layers": layers}
+    model = open_clip.CLIP(EMBED, {"layers": layers, "image_size": SIZE, **VISION[arch]}, text)
+    draw, state = torch.Generator().manual_seed(seed), model.state_dict()
+    for name, value in state.items():
+        normal = torch.randn(value.shape, generator=draw)
+        if name == "logit_scale":
+            value.fill_(100.0).log_()
+        elif name.endswith("num_batches_tracked"):
+            value.fill_(7)
+        elif name.endswith("running_var"):  # small: it amplifies
+            value.copy_(0.3 + 0.2 * torch.rand(value.shape, generator=draw))
+        elif name.endswith(("token_embedding.weight", "class_embedding")):
+            value.copy_(0.3 * normal)
+        elif name.endswith(("bias", "running_mean", "positional_embedding")):
+            value.copy_(0.1 * normal)
+        elif value.dim() == 1:  # weights of a normalisation
+            value.copy_(1 + 0.1 * normal)
+        else:
+            n_in = len(value) if name.endswith(("proj", "projection")) else value[0].numel()
+            value.copy_(n_in**-0.5 * normal)
     return state
 
 

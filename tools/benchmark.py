@@ -1,9 +1,9 @@
-"""What things cost: one run, one table, absolute figures with ratios beside them.
+"""What things cost: seconds, peak memory, and ratios of alternating runs.
 
-    python tools/benchmark.py                         # everything
-    python tools/benchmark.py --only lists --json f   # see --help for the names
+    python tools/benchmark.py                        # everything
+    python tools/benchmark.py --only text --json f   # see --help for the names
 
-Each measurement is a process of its own, so that peak memory is its own too.
+Networks have real sizes and random weights, on which their cost does not depend.
 """
 
 from __future__ import annotations
@@ -12,131 +12,72 @@ import argparse
 import io
 import json
 import logging
-import math
-import multiprocessing
 import os
 import platform
-import resource
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
-from functools import partial
+from itertools import zip_longest
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 from runner import arguments  # isort: skip (makes `import dassl` work)
-import numpy as np
 import open_clip
+import pandas as pd
 import torch
+import torch.nn.functional as F
 from dassl.config import get_cfg_default
-from dassl.data.datasets import build_dataset
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
-from PIL import Image
-from tqdm import tqdm
+from torch.utils.benchmark import Measurement, Timer
 
 import train
-from trainers import cocoop, logoprompt
+from trainers import cocoop, coop, logoprompt
 from trainers.prompting.backbone import Backbone
-from trainers.prompting.features import ImageBatch
+from trainers.prompting.image_batch import CHUNK, ImageBatch
+from trainers.prompting.method import Method
 from trainers.prompting.results import write_text
-from trainers.prompting.text import PromptLearner, TextEncoder
 
-WAYS = ("77 tokens", "ours")
-IN_CHUNKS = "ours, TEXT_CHUNK 100"
-IMAGENET = (1000, 1281, 50)  # classes, training images of each (1,281,167 in all), validation images of each
+Ways = dict[str, Callable[[], Any]]  # calls to compare, by name; the first one is the reference
+Row = dict[str, Any]  # label, seconds, ratio, megabytes
 
 
-class Row(NamedTuple):
-    """One measurement; ``ratio`` says how many times the cost of the table's first row."""
-
-    label: str
-    seconds: float
-    megabytes: float  # peak above what the process had when it began
-    note: str = ""
-    ratio: Optional[float] = None
-
-
-# ------------------------------------------------------------------------------------------------- measuring
+def compare(title: str, ways: Ways, rounds: int, memory: Sequence[Optional[float]] = ()) -> list[Row]:
+    """Medians of alternating runs, each after one to warm up; ratios are to the first way."""
+    threads = torch.get_num_threads()
+    timers = {way: Timer("call()", globals={"call": call}, num_threads=threads) for way, call in ways.items()}
+    runs = [{way: timer.blocked_autorange(min_run_time=1) for way, timer in timers.items()} for _ in range(rounds)]
+    medians = {f"{title}: {way}": Measurement.merge([run[way] for run in runs])[0].median for way in ways}
+    return rows_of(medians, memory)
 
 
-def _measure(function: Callable[..., Any], args: tuple, results: Any) -> None:
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
-    before = _peak()
-    start = time.perf_counter()
-    try:
-        note = function(*args)
-        results.put((time.perf_counter() - start, _peak() - before, note))
-    except BaseException as error:
-        results.put(error)
-        raise
+def rows_of(seconds: dict[str, float], memory: Sequence[Optional[float]] = ()) -> list[Row]:
+    first, pairs = next(iter(seconds.values())), zip_longest(seconds.items(), memory)
+    return [{"label": name, "seconds": t, "ratio": t / first, "megabytes": peak} for (name, t), peak in pairs]
 
 
-def _peak() -> float:
-    """Most memory that this process has had, in megabytes."""
-    try:  # getrusage begins with the peak of the process that started this one
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 2**10
-    except (OSError, StopIteration):
-        pass
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+def peaks(make: Callable[..., Ways], *args: Any) -> list[Optional[float]]:
+    """Peak memory in megabytes of each of the ways that ``make`` makes, in a process of its own (on Linux)."""
+    found = []
+    for way in make(*args) if sys.platform == "linux" else ():
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            found.append(pool.submit(_peak, make, args, way).result())
+    return found
 
 
-def measure(label: str, function: Callable[..., str], *args: Any) -> Row:
-    """Time and peak memory of a call in a process of its own; what it returns is the note."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    process = context.Process(target=_measure, args=(function, args, results))
-    process.start()
-    found = results.get()
-    process.join()
-    if isinstance(found, BaseException):
-        raise found
-    return Row(label, *found)
+def _peak(make: Callable[..., Ways], args: tuple, way: str) -> float:
+    def highest() -> float:  # not from getrusage, which starts from the parent's
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
 
-
-# ------------------------------------------------------------------------------------------------- ImageNet's lists
-
-
-def make_imagenet(root: Path, classes: int, train_images: int, val_images: int) -> None:
-    """Folders and names as ImageNet has them; the images are empty files."""
-    for part, count in (("train", train_images), ("val", val_images)):
-        for label in tqdm(range(classes), desc=f"making {part}", disable=None):
-            folder = root / "imagenet" / "images" / part / f"n{label:08d}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                os.close(os.open(folder / f"n{label:08d}_{i}.JPEG", os.O_CREAT | os.O_WRONLY))
-    lines = [f"n{label:08d} class number {label}\n" for label in range(classes)]
-    (root / "imagenet" / "classnames.txt").write_text("".join(lines))
-
-
-def read_imagenet(root: Path, shots: int, seed: int) -> str:
-    argv = arguments("CoOp", "imagenet", "vit_b16_ep50_ctxv1", root, root / "out", seed, "all")
-    cfg = train.setup_cfg(train.parse_args([*argv, "DATASET.NUM_SHOTS", str(shots)]))
-    data = build_dataset(cfg)
-    return f"{len(data.train_x):,} training and {len(data.test):,} test images"
-
-
-def lists(quick: bool) -> list[Row]:
-    classes, train_images, val_images = (100, 200, 10) if quick else IMAGENET
-    with tempfile.TemporaryDirectory() as folder:
-        make_imagenet(Path(folder), classes, train_images, val_images)
-        return [
-            measure("16 shots, seed 1: folders are listed", read_imagenet, Path(folder), 16, 1),
-            measure("16 shots, seed 2: the listing is kept", read_imagenet, Path(folder), 16, 2),
-            measure("16 shots, seed 2: the sample is kept", read_imagenet, Path(folder), 16, 2),
-            measure("all images", read_imagenet, Path(folder), 0, 1),
-        ]
-
-
-# ------------------------------------------------------------------------------------------------- text
+    before = highest()
+    make(*args)[way]()
+    return highest() - before
 
 
 def random_clip(arch: str = "RN50") -> torch.nn.Module:
-    """A CLIP of real size with random weights: what it costs does not depend on them."""
     torch.manual_seed(0)
     logging.disable(logging.WARNING)  # that the weights are random
     model = open_clip.create_model(arch, pretrained=None, precision="fp32")
@@ -144,290 +85,150 @@ def random_clip(arch: str = "RN50") -> torch.nn.Module:
     return model
 
 
-def backbone(arch: str = "RN50") -> Backbone:
-    return Backbone(random_clip(arch), open_clip.tokenizer.SimpleTokenizer(), arch)
-
-
-def names(n: int) -> list[str]:
-    """ImageNet's class names: as long as names are."""
-    return [IMAGENET_CLASSNAMES[i % len(IMAGENET_CLASSNAMES)] for i in range(n)]
-
-
-def text_pass(way: str, classes: int, n_ctx: int, csc: bool) -> Callable[[], None]:
-    """A forward and backward pass of the text encoder: all 77 tokens as CLIP does it, or as this repository does.
-
-    77 tokens of more than 100 classes do not fit into the memory of an ordinary machine: they go in chunks of 100, in
-    the same time and a fraction of the memory.
-    """
-    clip = backbone()
-    learner = PromptLearner(clip, names(classes), n_ctx, csc=csc)
-    encoder = TextEncoder(clip, 100 if way == IN_CHUNKS else 0)
-
-    def ours() -> None:
-        learner.zero_grad()
-        encoder(*learner.parts()).sum().backward()
-
-    def padded() -> None:
-        learner.zero_grad()
-        for rows in torch.arange(classes).split(100):
-            prompts = learner()[0][rows]
-            rest = prompts.new_zeros(len(rows), clip.context_length - prompts.shape[1], prompts.shape[2])
-            last = torch.full((len(rows),), clip.context_length - 1)
-            encoder(torch.cat([prompts, rest], dim=1), last).sum().backward()
-
-    return padded if way == "77 tokens" else ours
-
-
-def once(make: Callable[..., Callable[[], Any]], *args: Any) -> str:
-    """Prepare, then call; for :func:`measure`, whose peak then holds what was prepared too (the model: 0.4 GB)."""
-    make(*args)()
-    return ""
-
-
-def compare(title: str, ways: dict[str, Callable[[], Any]], repeats: int, memory: dict[str, Row]) -> list[Row]:
-    """Medians of alternating runs after one to warm up; ratios are to the first way."""
-    seconds: dict[str, list[float]] = {label: [] for label in ways}
-    for i in range(repeats + 1):
-        for label, call in ways.items():
-            start = time.perf_counter()
-            call()
-            if i:
-                seconds[label].append(time.perf_counter() - start)
-    medians = {label: statistics.median(values) for label, values in seconds.items()}
-    first = medians[next(iter(ways))]
-    peak = {label: memory[label].megabytes if label in memory else float("nan") for label in ways}
-    return [Row(f"{title}: {label}", medians[label], peak[label], "", medians[label] / first) for label in ways]
-
-
-def text(quick: bool) -> list[Row]:
-    rows = []
-    cases = [(100, 16, False)] if quick else [(100, 4, False), (100, 16, False), (1000, 16, False)]
-    for classes, n_ctx, csc in (*cases, (100 if quick else 1000, 4, True)):
-        title = f"C = {classes}, M = {n_ctx}, {'class-specific' if csc else 'generic'}"
-        case = (classes, n_ctx, csc)
-        labels = (*WAYS, IN_CHUNKS) if classes > 100 else WAYS
-        measured = () if quick and csc else labels
-        memory = {way: measure(way, once, text_pass, way, *case) for way in measured}
-        ways = {way: text_pass(way, *case) for way in labels}
-        rows += compare(title, ways, 1 if quick else 2 if classes > 100 else 5, memory)
-    return rows
-
-
-# ------------------------------------------------------------------------------------------------- CoCoOp
-
-
-def cocoop_step(way: str, classes: int, batch: int) -> Callable[[], None]:
-    """A step of CoCoOp: the prompts of an image share what is the same in them, or each is encoded by itself."""
-    cfg = get_cfg_default()
-    cocoop.extend_cfg(cfg)
-    cfg.TRAINER.COCOOP.CTX_INIT = "a photo of a"
-    clip = backbone()
-    model = cocoop.CustomCLIP(cfg, names(classes), clip)
-    image, label = torch.randn(batch, 3, 224, 224), torch.arange(batch) % classes
-
-    def logits_of_each() -> torch.Tensor:
-        with torch.no_grad():
-            features = clip.encode_image(image)
-        found = []
-        for feature in features:
-            ctx = model.prompt_learner.ctx + model.prompt_learner.meta_net(feature)
-            prompts, _ = model.prompt_learner.around(ctx.expand(classes, -1, -1))
-            rest = prompts.new_zeros(classes, clip.context_length - prompts.shape[1], prompts.shape[2])
-            last = torch.full((classes,), clip.context_length - 1)
-            found.append(clip.logits(feature, model.text_encoder(torch.cat([prompts, rest], dim=1), last)))
-        return torch.stack(found)
-
-    def step() -> None:
-        model.prompt_learner.zero_grad()
-        logits = model(image) if way == "ours" else logits_of_each()
-        torch.nn.functional.cross_entropy(logits, label).backward()
-
-    return step
-
-
-def cocoop_table(quick: bool) -> list[Row]:
-    rows = []
-    for batch in (1,) if quick else (1, 4):
-        memory = {way: measure(way, once, cocoop_step, way, 50, batch) for way in WAYS}
-        ways = {way: cocoop_step(way, 50, batch) for way in WAYS}
-        rows += compare(f"CoCoOp, C = 50, batch {batch}", ways, 2 if quick else 5, memory)
-    return rows
-
-
-# ------------------------------------------------------------------------------------------------- a step, a test
-
-
-def network(arch: str, classes: int, k: int = 5) -> logoprompt.CustomCLIP:
-    cfg = get_cfg_default()
-    logoprompt.extend_cfg(cfg)
+def method(module: Any, classes: int, arch: str = "RN50", **options: Any) -> Method:
+    """The model of a method file for ImageNet's class names, with some of its keys."""
+    cfg, kind = get_cfg_default(), module.CustomCLIP
+    module.extend_cfg(cfg)
     cfg.INPUT.SIZE = (224, 224)
-    cfg.TRAINER.LOGOPROMPT.CTX_INIT, cfg.TRAINER.LOGOPROMPT.K = "a photo of a", k
-    return logoprompt.CustomCLIP(cfg, names(classes), backbone(arch))
+    cfg.TRAINER[kind.config_name].update(options)
+    names = [IMAGENET_CLASSNAMES[i % len(IMAGENET_CLASSNAMES)] for i in range(classes)]
+    return kind(cfg, names, Backbone(random_clip(arch), open_clip.tokenizer.SimpleTokenizer(), arch))
 
 
-def step_ways(arch: str, batch: int, classes: int, k: int = 5) -> dict[str, Callable[[], Any]]:
-    """The floor of a step, (2 + K) * B image encodings and the text pass, on the same tensors; and the step."""
-    model = network(arch, classes, k)
-    image, label = torch.randn(batch, 3, 224, 224), torch.arange(batch) % classes
-    pasted = torch.randn(batch * (1 + k), 3, 224, 224)
+def padded(model: Method, prompts: torch.Tensor) -> torch.Tensor:
+    """Text features of prompts (C, L, D), encoded like the original CLIP: all 77 tokens of each."""
+    length = model.backbone.context_length
+    prompts = F.pad(prompts, (0, 0, 0, length - prompts.shape[1]))
+    return model.text_encoder(prompts, torch.full((len(prompts),), length - 1))
 
-    def floor() -> None:
-        model.zero_grad()
-        with torch.no_grad():
-            model.backbone.encode_image(image)
-            for part in pasted.split(logoprompt.CHUNK):
-                model.backbone.encode_image(part)
+
+def text_ways(classes: int, n_ctx: int, csc: bool) -> Ways:
+    """A forward and backward pass of the text encoder. More than 100 classes at 77 tokens need chunks to fit."""
+    model = method(coop, classes, N_CTX=n_ctx, CSC=csc)
+
+    def reference() -> None:
+        for rows in torch.arange(classes).split(100):
+            padded(model, model.learned()[0][rows]).sum().backward()
+
+    def ours(chunk: int = 0) -> None:
+        model.text_encoder.chunk = chunk
         model.text_features().sum().backward()
 
-    def step() -> None:
-        model.zero_grad()
-        model(image, label)[0].mean().backward()
-
-    return {"floor": floor, "step": step}
+    chunked = {"TEXT_CHUNK 100": lambda: ours(100)} if classes > 100 else {}
+    return {"77 tokens": reference, "ours": ours, **chunked}
 
 
-def test_ways(arch: str, batch: int, classes: int, k: int = 5) -> dict[str, Callable[[], Any]]:
-    """(1 + K) * B image encodings; and the selection, text features being there."""
-    model = network(arch, classes, k)
-    image = torch.randn(batch, 3, 224, 224)
-    pasted = torch.randn(batch * k, 3, 224, 224)
-    paths = [f"images/{i}.jpg" for i in range(batch)]
-    with torch.no_grad():
-        text_features = model.text_features()
+def text(quick: bool) -> Iterator[Row]:
+    cases = [(100, 16, False), (100, 4, True)] if quick else [(100, 16, False), (1000, 16, False), (1000, 4, True)]
+    for case in cases:
+        title = f"C = {case[0]}, M = {case[1]}, {'class-specific' if case[2] else 'shared'} context"
+        yield from compare(title, text_ways(*case), 1 if quick or case[0] > 100 else 3, peaks(text_ways, *case))
+
+
+def cocoop_ways(classes: int, batch: int) -> Ways:
+    """A training step of CoCoOp; the reference encodes the prompts of every image by themselves."""
+    model = method(cocoop, classes, CTX_INIT="a photo of a")
+    image, label = torch.randn(batch, 3, 224, 224), torch.arange(batch) % classes
+
+    def reference() -> None:
+        logits = []
+        for feature in ImageBatch(model.backbone, image).features():
+            ctx = model.learned.ctx + model.learned.meta_net(feature)
+            prompts, _ = model.learned.assemble(ctx.expand(classes, -1, -1))
+            logits.append(model.backbone.logits(feature, padded(model, prompts)))
+        F.cross_entropy(torch.stack(logits), label).backward()
+
+    return {
+        "77 tokens": reference,
+        "ours": lambda: model.loss(ImageBatch(model.backbone, image), label).total.backward(),
+    }
+
+
+def cocoop_step(quick: bool) -> Iterator[Row]:
+    for batch in (1,) if quick else (1, 4):
+        title, rounds = f"C = 50, batch {batch}", 2 if quick else 5
+        yield from compare(title, cocoop_ways(50, batch), rounds, peaks(cocoop_ways, 50, batch))
+
+
+def step_ways(arch: str, batch: int, classes: int, k: int) -> tuple[Ways, Ways]:
+    """Training and test; the floor is the encoders alone, on the same tensors: (2 + K) * B images and the text pass."""
+    model = method(logoprompt, classes, arch, CTX_INIT="a photo of a", K=k)
+    image, label, paths = torch.randn(batch, 3, 224, 224), torch.arange(batch), [f"{i}.jpg" for i in range(batch)]
+    copies, text_features = torch.randn(batch * (1 + k), 3, 224, 224), model.text_features().detach()
+
+    @torch.no_grad()
+    def encode(n: int) -> None:
+        for part in (image, *copies[: batch * n].split(CHUNK)):
+            model.backbone.encode_image(part)
 
     def floor() -> None:
-        with torch.no_grad():
-            model.backbone.encode_image(image)
-            for part in pasted.split(logoprompt.CHUNK):
-                model.backbone.encode_image(part)
+        encode(1 + k)
+        model.text_features().sum().backward()
 
-    def evaluate() -> None:
-        model.select(ImageBatch(model.backbone, paths, image, network=model), text_features)
-
-    return {"floor": floor, "evaluation": evaluate}
+    step = lambda: model.loss(ImageBatch(model.backbone, image), label).total.backward()  # noqa: E731
+    test = torch.no_grad()(lambda: model.score(ImageBatch(model.backbone, image, paths), text_features))
+    return {"floor": floor, "step": step}, {"floor": lambda: encode(k), "evaluation": test}
 
 
-def step(quick: bool) -> list[Row]:
-    rows = []
+def step(quick: bool) -> Iterator[Row]:
     for arch in ("RN50",) if quick else ("RN50", "ViT-B-16"):
-        ways = partial(compare, repeats=2 if quick else 5, memory={})
-        rows += ways(f"{arch}, B = 8, C = 50, K = 5, training", step_ways(arch, 8, 50))
-        rows += ways(f"{arch}, B = 8, C = 50, K = 5, test", test_ways(arch, 8, 50))
-    return rows
+        for title, ways in zip(("training", "test"), step_ways(arch, batch=8, classes=50, k=5)):
+            yield from compare(f"{arch}, B = 8, C = 50, K = 5, {title}", ways, 2 if quick else 5)
 
 
-def growth(quick: bool) -> list[Row]:
-    """What a training step costs as C, K and B grow, RN50."""
-    rows = []
-    for classes, k, batch in ((50, 5, 8), (500, 5, 8), (50, 1, 8), (50, 10, 8), (50, 5, 2), (50, 5, 16)):
-        if quick and (classes, k, batch) not in ((50, 5, 8), (50, 1, 8)):
-            continue
-        title = f"C = {classes}, K = {k}, B = {batch}"
-        ways = {"step": step_ways("RN50", batch, classes, k)["step"]}
-        rows += compare(title, ways, 1 if quick else 3, {})
-    return [row._replace(ratio=row.seconds / rows[0].seconds) for row in rows]
-
-
-# ------------------------------------------------------------------------------------------------- whole runs
-
-
-def trainer_of(config: str, dataset: str, root: Path, folder: Path, seed: int, *opts: Any) -> Any:
-    """A LoGoPrompt trainer ready to train or to test; silent."""
-    argv = arguments("LoGoPrompt", dataset, config, root, folder, seed, "all")
-    cfg = train.setup_cfg(train.parse_args([*argv, *map(str, ("TRAIN.PRINT_FREQ", 10**6, *opts))]))
-    train.set_random_seed(seed)
+def run(work: str, config: str, root: Path, output: Path, seed: int, *opts: Any) -> tuple[float, Any]:
+    """Seconds that a LoGoPrompt trainer takes to ``train`` or ``test`` on Shapes, and the trainer."""
+    argv = arguments("LoGoPrompt", "shapes", config, root, output, seed, "all")
+    argv += ["DATALOADER.NUM_WORKERS", "0", "TRAIN.PRINT_FREQ", "1000000", *map(str, opts)]
     with redirect_stdout(io.StringIO()):
-        return train.build_trainer(cfg)
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    with redirect_stdout(io.StringIO()):
+        train.set_random_seed(seed)
+        trainer = train.build_trainer(train.setup_cfg(train.parse_args(argv)))
         start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+        getattr(trainer, work)()
+        return time.perf_counter() - start, trainer
 
 
-def make_photos(root: Path, classes: int, images: int) -> None:
-    """A data set of noise in the size of photographs: an image of each class to train on, ``images`` to test on."""
-    for label in range(classes):
-        for part, count in (("train", 1), ("test", images)):
-            folder = root / part / f"{label:04d}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = np.random.default_rng([label, i]).integers(0, 256, (47, 63, 3), dtype=np.uint8)
-                Image.fromarray(pixels).resize((500, 375)).save(folder / f"{i}.jpg")
-    lines = [f"{label:04d} {name}\n" for label, name in enumerate(names(classes))]
-    (root / "classnames.txt").write_text("".join(lines), encoding="utf-8")
-
-
-def sweep(quick: bool) -> list[Row]:
-    """Evaluations of untrained prompts of two seeds; features of test images are kept from the first one on."""
-    classes, images = (10, 1) if quick else (50, 2)
+def sweep(quick: bool) -> Iterator[Row]:
+    """Evaluations of untrained prompts; after the first, image features come from the store."""
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        make_photos(root / "photos", classes, images)
-        torch.save(random_clip().state_dict(), root / "rn50.pt")
-        rows, predictions = [], {}
-        for label, seed, store in (
-            ("nothing is kept", 1, ""),
-            ("the first, features are kept", 1, root / "features.sqlite"),
-            ("the second", 1, root / "features.sqlite"),
-            ("another seed's first", 2, root / "features.sqlite"),
-            ("another seed's second", 2, root / "features.sqlite"),
-        ):
-            words = ("DATASET.NUM_SHOTS", 1, "MODEL.BACKBONE.NAME", root / "rn50.pt", "DATALOADER.NUM_WORKERS", 0)
-            trainer = trainer_of("rn50", "folder", root / "photos", root / label, seed, *words, "TEST.FEATURES", store)
-            passed = seconds(trainer.test)
-            same = predictions.setdefault(seed, trainer.predictions) == trainer.predictions
-            note = f"{len(trainer.predictions)} images, {classes} classes, K = 5"
-            rows.append(Row(label, passed, float("nan"), note if same else f"{note}: OTHER PREDICTIONS"))
-    return rows
+        weights, store = Path(folder, "rn50.pt"), Path(folder, "features.sqlite")
+        torch.save(random_clip().state_dict(), weights)
+        few = ("DATASET.SUBSAMPLE_CLASSES", "base", "DATASET.NUM_SHOTS", 1) if quick else ("DATASET.NUM_SHOTS", 4)
+        opts = (*few, "TEST.SPLIT", "val", "MODEL.BACKBONE.NAME", weights, "TEST.FEATURES")
+        names = {"no store": 1, "empty store": 1, "full store": 1, "another seed": 2, "the same again": 2}
+        seconds, predictions = {}, {}
+        for name, seed in names.items():
+            used = "" if name == "no store" else store
+            seconds[name], trainer = run("test", "rn50", Path(folder), Path(folder, name), seed, *opts, used)
+            found = trainer.evaluation.predictions
+            if predictions.setdefault(seed, found) != found:
+                raise SystemExit(f"error: {name}: other predictions than without a store")
+    yield from rows_of({f"{len(found)} images, {name}": value for name, value in seconds.items()})
 
 
-def learn(root: Path, epochs: int, shots: int, views: int) -> Row:
-    """Train on Shapes with the embedded CLIP, without a test."""
-    words = ("TRAINER.LOGOPROMPT.VIEWS", views, "DATASET.NUM_SHOTS", shots, "OPTIM.MAX_EPOCH", epochs)
-    words = (*words, "TEST.NO_TEST", True, "TRAIN.CHECKPOINT_FREQ", 0, "DATALOADER.NUM_WORKERS", 0)
+def runs(quick: bool) -> Iterator[Row]:
+    """Training with the embedded CLIP: one epoch as shots grow; cached views instead of fresh ones."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_of("tiny96_ep10_ctxv1", "shapes", root, Path(folder), 1, *words)
-        passed = seconds(trainer.train)
-    label = f"{epochs} epoch{'s' if epochs > 1 else ''}, {shots} shots, "
-    return Row(label + (f"{views} views, each encoded once" if views else "fresh views"), passed, float("nan"))
 
+        def learn(epochs: int, shots: int, views: int) -> float:
+            opts = ("OPTIM.MAX_EPOCH", epochs, "DATASET.NUM_SHOTS", shots, "TRAINER.LOGOPROMPT.VIEWS", views)
+            output = Path(tempfile.mkdtemp(dir=folder))
+            return run("train", "tiny96_ep10_ctxv1", Path(folder), output, 1, *opts, "TEST.NO_TEST", True)[0]
 
-def runs(quick: bool) -> list[Row]:
-    """Training runs as shots grow, and on kept views instead of fresh ones."""
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        learn(root, 1, 1, 0)  # draws the images, imports TensorBoard
-        grown = [learn(root, 1, shots, 0) for shots in ((4, 16) if quick else (1, 2, 4, 8, 16))]
+        learn(1, 1, 0)  # draws the images, imports TensorBoard
+        yield from rows_of({f"1 epoch, {n} shots": learn(1, n, 0) for n in ((4, 16) if quick else (1, 2, 4, 8, 16))})
         epochs, shots, views = (8, 4, 2) if quick else (50, 16, 4)
-        fresh, kept = (learn(root, epochs, shots, v) for v in (0, views))
-    grown = [row._replace(ratio=row.seconds / grown[0].seconds) for row in grown]
-    return [*grown, fresh._replace(ratio=1.0), kept._replace(ratio=kept.seconds / fresh.seconds)]
+        title = f"{epochs} epochs, {shots} shots"
+        yield from rows_of({f"{title}, {v or 'fresh'} views": learn(epochs, shots, v) for v in (0, views)})
 
 
-# ------------------------------------------------------------------------------------------------- command
-
-BENCHMARKS: dict[str, tuple[str, Callable[[bool], list[Row]]]] = {
+BENCHMARKS: dict[str, tuple[str, Callable[[bool], Iterator[Row]]]] = {
     "text": ("Text encoder, forward and backward (12 layers, width 512)", text),
-    "cocoop": ("A step of CoCoOp, RN50", cocoop_table),
-    "step": ("A step and a test of LoGoPrompt beside bare encoder calls on the same tensors", step),
-    "growth": ("A training step as C, K and B grow, RN50", growth),
-    "sweep": ("Evaluations of a sweep, RN50, 224 pixels", sweep),
+    "cocoop": ("A training step of CoCoOp, RN50", cocoop_step),
+    "step": ("LoGoPrompt and the encoders alone, on the same tensors", step),
+    "sweep": ("Evaluations of a sweep on Shapes, RN50, 224 pixels, K = 5", sweep),
     "runs": ("Training runs on Shapes with the embedded CLIP, 32 classes, K = 5", runs),
-    "lists": ("Reading the lists of a data set of ImageNet's size (1,281,000 training images)", lists),
 }
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Markdown."""
-    lines = ["| | seconds | ratio | peak memory, MB | |", "|---|---|---|---|---|"]
-    for row in rows:
-        ratio = row.seconds / rows[0].seconds if row.ratio is None else row.ratio
-        memory = "" if math.isnan(row.megabytes) else f"{row.megabytes:,.0f}"
-        lines.append(f"| {row.label} | {row.seconds:.2f} | {ratio:.3f} | {memory} | {row.note} |")
-    return "\n".join(lines)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -439,10 +240,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     print(f"{platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}\n")
     found = {}
     for name in args.only:
-        title, run = BENCHMARKS[name]
-        rows = run(args.quick)
-        found[name] = [row._asdict() for row in rows]
-        print(f"## {title}{', quick: smaller' if args.quick else ''}\n\n{table(rows)}\n")
+        title, benchmark = BENCHMARKS[name]
+        found[name] = list(benchmark(args.quick))
+        frame = pd.DataFrame(found[name]).fillna({"megabytes": ""})
+        table = frame.to_markdown(index=False, floatfmt=("", ".2f", ".3f", ",.0f"))
+        print(f"## {title}{', quick: smaller' if args.quick else ''}\n\n{table}\n", flush=True)
     if args.json:
         write_text(str(args.json), json.dumps(found, indent=1) + "\n")
     return 0

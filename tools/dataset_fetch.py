@@ -1,367 +1,226 @@
-"""Fetches the parts of a data set into a hidden staging folder and moves them into place once they are whole.
-
-curl goes on with an interrupted file; without it torchvision's ``download_url`` starts that file again. What is on
-Google Drive is gdown's, which goes on too. (gdown would take any URL, but stores unpacked what a server labels
-``Content-Encoding: x-gzip``, as Oxford's seems to do, which fits no checksum; huggingface_hub 2 goes on with no file.)
-"""
+"""Download the missing parts of a data set into a hidden staging folder and move each into place once complete."""
 
 from __future__ import annotations
 
-import errno
-import gzip
-import hashlib
-import lzma
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
 
+import pooch
+import yaml
 from filelock import FileLock, Timeout
-from torchvision.datasets.utils import download_url
-from tqdm import tqdm
 
-from dataset_sources import Download, Source
-from datasets.imagenet import read_classnames
-from datasets.splits import read_json, read_split
+from datasets.imagenet import CLASSNAMES, read_classnames
+from datasets.splits import read_split
 from trainers.prompting.errors import UserError
-from trainers.prompting.results import write_text
 
-STAGING = ".prepare"
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
-NO_RANGES = 33  # curl's exit status where the server cannot go on with a file
 IMAGENET_CLASSES = 1000
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError)
 
 
-# ------------------------------------------------------------------------------------------------- what is there
+@dataclass(frozen=True)
+class Download:
+    """A file to download; the fields are explained in ``sources.yaml``."""
+
+    file: str
+    url: str = ""
+    drive: str = ""
+    parts: tuple[str, ...] = ()
+    hash: Optional[str] = None
+    size: str = ""
+    inner: str = ""
+    renamed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def page(self) -> str:
+        """Address for a browser."""
+        return self.url or f"https://drive.google.com/file/d/{self.drive}/view"
 
 
-def is_there(folder: str, part: str) -> bool:
-    """Whether a part is in a folder: a file, or a folder that is not empty."""
+@dataclass(frozen=True)
+class Source:
+    """A data set; the fields are explained in ``sources.yaml``."""
+
+    folder: str
+    classes: int
+    counts: dict[str, int]
+    images: tuple[str, ...] = ()
+    names: str = ""
+    downloads: tuple[Download, ...] = ()
+    manual: str = ""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (*self.images, self.names) if self.names else tuple(self.images)
+
+    def download_of(self, part: str) -> Optional[Download]:
+        """Return the download that brings a part, if any."""
+        return next((download for download in self.downloads if part in download.parts), None)
+
+    def missing(self, root: str) -> list[str]:
+        """Return the parts that a data root lacks."""
+        return [part for part in self.parts if not exists(os.path.join(root, self.folder), part)]
+
+
+def _source(folder: str, downloads: dict[str, dict[str, Any]], **facts: Any) -> Source:
+    files = (Download(file, **{"parts": (file,), **values}) for file, values in downloads.items())
+    return Source(folder, downloads=tuple(files), **facts)
+
+
+_FACTS = yaml.safe_load(Path(__file__).with_name("sources.yaml").read_text(encoding="utf-8"))
+SOURCES = {name: _source(**facts) for name, facts in _FACTS.items()}
+
+
+def exists(folder: str, part: str) -> bool:
+    """Return whether a file, or a folder that is not empty, exists."""
     path = os.path.join(folder, part)
-    if os.path.isdir(path):
-        with os.scandir(path) as found:
-            return any(found)
-    return os.path.isfile(path)
-
-
-def missing_parts(source: Source, root: str) -> list[str]:
-    """What a data set lacks. Annotations are not needed beside the split that was made of them."""
-    folder = os.path.join(root, source.folder)
-    needed = [*source.images, *((source.names,) if source.names else ())]
-    if not source.names:
-        needed += source.raw
-    elif not is_there(folder, source.names):
-        needed += [part for part in source.raw if source.download_of(part)]  # then they come along, as in CoOp's layout
-    return [part for part in source.parts if part in needed and not is_there(folder, part)]
-
-
-# ------------------------------------------------------------------------------------------------- one data set
+    return bool(os.listdir(path)) if os.path.isdir(path) else os.path.isfile(path)
 
 
 def fetch(source: Source, root: str) -> None:
-    """Get what a data set lacks. Its folder is made when all of it is there; what is in the folder already stays.
-
-    Raises:
-        UserError: something cannot be had; what was fetched until then is kept, and the next call goes on.
-    """
+    """Get the missing parts of a data set; what exists is not touched. Raises UserError where a download fails."""
     if not hasattr(tarfile, "data_filter"):
-        raise UserError("this Python unpacks archives without care; use 3.9.17, 3.10.12, 3.11.4, 3.12 or newer")
-    folder = os.path.join(root, source.folder)
-    if os.path.islink(folder) and not os.path.isdir(folder):
-        raise UserError(f"{folder}: a link to a folder that is not there; make the folder or remove the link")
-    beside, name = os.path.split(os.path.realpath(folder))  # a link's target has the room that the data root lacks
-    staging = os.path.join(beside, STAGING, name)
+        raise UserError("this Python cannot unpack archives safely; use 3.9.17, 3.10.12, 3.11.4, 3.12 or newer")
+    folder = os.path.realpath(os.path.join(root, source.folder))  # a link's target, on the disk that has the space
+    staging = os.path.join(os.path.dirname(folder), ".prepare", source.folder)
     os.makedirs(staging, exist_ok=True)
     try:
-        with FileLock(os.path.join(beside, STAGING, f"{name}.lock"), timeout=0):
-            tree = os.path.join(staging, "tree")
-            os.makedirs(tree, exist_ok=True)
+        with FileLock(os.path.join(staging, ".lock"), timeout=0):
             for download in source.downloads:
-                wanted = [p for p in missing_parts(source, root) if p in download.parts and not is_there(tree, p)]
-                if wanted:
-                    _fetch_parts(download, source, root, staging, wanted)
-            _place(tree, folder)
+                if missing := [part for part in source.missing(root) if part in download.parts]:
+                    os.makedirs(folder, exist_ok=True)
+                    path = os.path.join(staging, download.file)
+                    _download(download, source, root, path)
+                    _move_parts(download, path, folder, missing)
             shutil.rmtree(staging)
     except Timeout as error:
-        raise UserError(f"{staging}: another run is fetching this data set; wait for it") from error
-    with_others = [entry for entry in os.listdir(os.path.join(beside, STAGING)) if not entry.endswith(".lock")]
-    if not with_others:
-        shutil.rmtree(os.path.join(beside, STAGING), ignore_errors=True)
+        raise UserError(f"{staging}: another process is downloading this data set; wait for it") from error
+    with suppress(OSError):  # other data sets are being downloaded
+        os.rmdir(os.path.dirname(staging))
 
 
-def _fetch_parts(download: Download, source: Source, root: str, staging: str, wanted: list[str]) -> None:
-    """Get a file, or the archive that holds the parts that are wanted, into ``staging/tree``."""
-    tree = os.path.join(staging, "tree")
-    unpacked = os.path.join(staging, "unpacked", download.file)
-    if not download.file.endswith(ARCHIVES):
-        path = _get_file(download, source, root, os.path.join(staging, "downloads"))
-        os.rename(path, os.path.join(tree, download.file))
-        return
-    if not os.path.isdir(unpacked):  # it gets this name when it is whole
-        path = _get_file(download, source, root, os.path.join(staging, "downloads"))
-        _unpack_to(path, unpacked, download.inner)
-        os.remove(path)
-    theirs = {ours: name for name, ours in download.renamed.items()}
-    base = _find(unpacked, [theirs.get(part, part) for part in wanted], download)
-    here = {name: download.renamed.get(name, name) for name in os.listdir(base)}
-    for name, ours in sorted(here.items(), key=lambda item: (item[1] in download.parts, item)):  # the parts last: they
-        target = os.path.join(tree, ours)  # say that nothing is left to be done
-        if not name.startswith((".", "__MACOSX")) and not os.path.exists(target):
-            os.rename(os.path.join(base, name), target)
-    shutil.rmtree(unpacked)
+def copied(download: Download, root: str) -> str:
+    """Return the path of ImageNet's class names where they can be copied, or nothing."""
+    path = os.path.join(root, "imagenet", CLASSNAMES)
+    return path if download.file == CLASSNAMES and os.path.isfile(path) else ""
 
 
-def _find(folder: str, parts: list[str], download: Download) -> str:
-    """The first folder, from the top, that has all parts. Raises UserError."""
-    for path, below, _ in os.walk(folder):
-        below.sort()
-        if all(is_there(path, part) for part in parts):
-            return path
-    found = ", ".join(sorted(os.listdir(folder))[:5])
-    shutil.rmtree(folder)
-    raise UserError(
-        f"{download.page}: no {' and '.join(parts)} in it, but {found}; it is not what it was, see DATASETS.md"
-    )
-
-
-def _place(tree: str, folder: str) -> None:
-    """Move what is whole to where it belongs; the folder as one where it is not there yet."""
-    if not os.path.exists(folder):
-        return _move(tree, folder)
-    for name in sorted(os.listdir(tree)):
-        target = os.path.join(folder, name)
-        if os.path.isdir(target) and not os.path.islink(target) and not os.listdir(target):
-            os.rmdir(target)  # an empty folder, made for what comes now
-        if not os.path.lexists(target):
-            _move(os.path.join(tree, name), target)
-        elif not is_there(folder, name):
-            raise UserError(f"{target}: empty, and it is a link, which is not touched; remove it and call again")
-
-
-def _move(source: str, target: str) -> None:
-    """Rename; across file systems copy, and rename then."""
+def _download(download: Download, source: Source, root: str, path: str) -> None:
+    """Make a verified file; one that a person put there is used."""
+    origin = copied(download, root) or download.page
     try:
-        os.rename(source, target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        head, tail = os.path.split(target)
-        half = os.path.join(head, f".{tail}-half")
-        shutil.rmtree(half, ignore_errors=True)
-        copy = shutil.copytree if os.path.isdir(source) else shutil.copy2
-        copy(source, half)
-        os.rename(half, target)
-
-
-# ------------------------------------------------------------------------------------------------- downloads
-
-
-def _get_file(download: Download, source: Source, root: str, folder: str) -> str:
-    """A file that is whole, as far as its checksum or its content can tell: its path in ``folder``.
-
-    One that lies there under its name, from an earlier call or put there by hand, is taken.
-    """
-    os.makedirs(folder, exist_ok=True)
-    path, origin = os.path.join(folder, download.file), download.page
-    if download.copy and os.path.isfile(os.path.join(root, download.copy)):
-        origin = os.path.join(root, download.copy)
-        shutil.copyfile(origin, path)
-    elif not os.path.isfile(path):
-        print(f"{download.file}{f', {download.size},' if download.size else ''} from {origin}", flush=True)
-        if download.drive:
-            _from_drive_or_open_clip(download, source, root, path)
+        if origin != download.page:
+            shutil.copyfile(origin, path)
         else:
-            _from_url(download, path)
+            print(f"{download.file}{f', {download.size},' if download.size else ''} from {origin}", flush=True)
+            pooch.get_logger().setLevel("WARNING")
+            folder, name = os.path.split(path)
+            pooch.retrieve(origin, download.hash, name, folder, downloader=_from_url if download.url else _from_drive)
+    except Exception as error:  # noqa: BLE001 (those of requests, pooch and gdown)
+        hint = "call again" if download.url else f"try again with gdown installed, or get it with a browser as {path}"
+        raise UserError(f"{origin}: download failed ({one_line(error)}); {hint}") from error
     try:
-        _verify(download, path, source)
-    except (UserError, ValueError, AttributeError) as error:
+        _check_content(download.file, path, source)
+    except (UserError, ValueError) as error:
         os.remove(path)
         raise UserError(f"{download.file} from {origin}: {one_line(error)}; it was deleted") from error
-    return path
 
 
-def _from_url(download: Download, path: str) -> None:
-    half = f"{path}.part"
-    if shutil.which("curl"):
-        words = ["curl", "--fail", "--location", "--retry", "3", "--continue-at", "-", "--output", half, download.url]
-        words[1:1] = ["--progress-bar"] if sys.stderr.isatty() else ["--silent", "--show-error"]
-        status = subprocess.run(words).returncode
-        if status == NO_RANGES:
-            os.remove(half)
-            status = subprocess.run(words).returncode
-        if status:
-            raise UserError(
-                f"{download.url}: curl failed (status {status}); what is there of it is kept, call again to go on"
-            )
-    else:
-        if os.path.exists(half):
-            os.remove(half)  # torchvision would take it for the whole
-        try:
-            download_url(download.url, os.path.dirname(half), os.path.basename(half))
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"{download.url}: not to be had ({one_line(error)}); call again, with curl installed it would go on"
-            ) from error
-    os.rename(half, path)
+def _from_url(url: str, output: str, _: Any) -> None:
+    """Download with pooch. Archives that Oxford labels as encoded must not be decoded."""
+    keep = {"response": lambda response, **_: response.raw.headers.pop("Content-Encoding", None) and None}
+    headers = {"Accept-Encoding": "identity"}
+    pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), headers=headers, hooks=keep)(url, output, None)
 
 
-def _from_drive_or_open_clip(download: Download, source: Source, root: str, path: str) -> None:
+def _from_drive(url: str, output: str, _: Any) -> None:
+    import gdown
+
+    gdown.download(id=url.split("/")[-2], output=str(output), quiet=not sys.stderr.isatty())
+
+
+def _check_content(name: str, path: str, source: Source) -> None:
+    """Check files that have no published checksum. Raises UserError or ValueError."""
+    good = True
+    if name.startswith("split_"):
+        good = {part: len(entries) for part, entries in read_split(path).items()} == source.counts
+    elif name == CLASSNAMES:
+        names = read_classnames(path)
+        good = len(names) == IMAGENET_CLASSES and all(re.fullmatch(r"n\d{8}", key) and names[key] for key in names)
+    if not good:
+        raise ValueError("its classes or images are not as many as CoOp's")
+
+
+def _move_parts(download: Download, path: str, folder: str, missing: list[str]) -> None:
+    """Move a file, or the missing parts that an archive holds, into the data set's folder."""
+    if not path.endswith(ARCHIVES):
+        return os.rename(path, os.path.join(folder, download.file))
+    unpacked = os.path.join(os.path.dirname(path), "unpacked")
+    shutil.rmtree(unpacked, ignore_errors=True)
     try:
-        _from_drive(download, path, os.path.join(root, source.folder))
-    except UserError as error:
-        if not _write_classnames(download, root, path):
-            raise
-        print(
-            f"{error}\nUntil then there are open_clip's class names, which may differ from CoOp's in a few places; to "
-            f"get CoOp's, delete {os.path.join(root, source.folder, download.file)} and call again"
-        )
-
-
-def _from_drive(download: Download, path: str, folder: str) -> None:
-    by_hand = f"or get {download.page} with a browser, into {os.path.dirname(path)}/ as {download.file}, and call again"
-    if not download.file.endswith(ARCHIVES):
-        by_hand = f"or put {download.page} into {folder}/ as {download.file} with a browser"
-    try:
-        import gdown
-    except ImportError as error:
-        raise UserError(f"{download.file} is on Google Drive: pip install gdown, {by_hand}") from error
-    try:
-        done = gdown.download(id=download.drive, output=path, quiet=not sys.stderr.isatty(), resume=True)
-    except Exception as error:  # noqa: BLE001 (requests', gdown's own, which are no OSErrors, and others)
-        raise UserError(
-            f"{download.file}: Google Drive does not give it ({one_line(error)}); try again, {by_hand}"
-        ) from error
-    if not done or not os.path.isfile(path):  # older versions of gdown print why
-        raise UserError(f"{download.file}: Google Drive does not give it; try again, {by_hand}")
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in at most 200 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:199]}…"
-
-
-# ------------------------------------------------------------------------------------------------- checks
-
-
-def _verify(download: Download, path: str, source: Source) -> None:
-    """Raises UserError, ValueError or AttributeError where a file is not what it should be."""
-    if download.checksum:
-        kind, _, wanted = download.checksum.partition(":")
-        digest = hashlib.new(kind)
-        with open(path, "rb") as file:
-            for block in iter(lambda: file.read(1 << 20), b""):
-                digest.update(block)
-        if digest.hexdigest() != wanted:
-            raise ValueError(
-                f"its {kind} is {digest.hexdigest()}, and {wanted} is published: damaged on the way (call again) or "
-                "replaced by its owner (DATASETS.md)"
-            )
-    check = CONTENTS.get("split" if download.file.startswith("split_") else download.file)
-    if check:
-        check(path, source)
-
-
-def _check_split(path: str, source: Source) -> None:
-    found = {part: len(entries) for part, entries in read_split(path).items()}
-    if found != source.counts:
-        raise ValueError(f"{found} images, CoOp's split has {source.counts}")
-
-
-def _check_flower_names(path: str, source: Source) -> None:
-    names = read_json(path)
-    if not {str(label) for label in range(1, source.classes + 1)} <= names.keys():
-        raise ValueError(f"no names of {source.classes} classes")
-
-
-def _check_classnames(path: str, source: Source) -> None:
-    names = read_classnames(path)
-    if len(names) != IMAGENET_CLASSES or not all(re.fullmatch(r"n\d{8}", wnid) and n for wnid, n in names.items()):
-        raise ValueError(f"no class names of {IMAGENET_CLASSES} folders n01440764 …")
-
-
-CONTENTS: dict[str, Callable[[str, Source], None]] = {
-    "split": _check_split,
-    "cat_to_name.json": _check_flower_names,
-    "classnames.txt": _check_classnames,
-}
-
-
-def _write_classnames(download: Download, root: str, path: str) -> bool:
-    """ImageNet's class names from open_clip, which has them in the order of the sorted folders. False: not possible."""
-    train = os.path.join(root, "imagenet", "images", "train")
-    if download.file != "classnames.txt" or download.copy or not os.path.isdir(train):
-        return False
-    from open_clip import IMAGENET_CLASSNAMES
-
-    folders = sorted(name for name in os.listdir(train) if re.fullmatch(r"n\d{8}", name))
-    if len(folders) != IMAGENET_CLASSES:
-        return False
-    write_text(path, "".join(f"{wnid} {name}\n" for wnid, name in zip(folders, IMAGENET_CLASSNAMES)))
-    return True
-
-
-# ------------------------------------------------------------------------------------------------- archives
-
-
-def _unpack_to(path: str, folder: str, inner: str) -> None:
-    """Unpack an archive, and the one inside it, into a folder that is there when all is. A damaged one is deleted."""
-    half = f"{folder}.part"
-    shutil.rmtree(half, ignore_errors=True)
-    try:
-        unpack(path, half)
-        if inner:
-            nested = [os.path.join(found, inner) for found, _, names in os.walk(half) if inner in names]
-            if not nested:
-                raise UserError(f"{path}: no {inner} in it; it was deleted, call again")
-            unpack(nested[0], f"{half}.inner")
-            shutil.rmtree(half)
-            os.rename(f"{half}.inner", half)
+        unpack(path, base := unpacked)
+        if download.inner:
+            archive = os.path.join(_folder_with(unpacked, [download.inner], download), download.inner)
+            unpack(archive, base := f"{unpacked}/inner")
+        theirs = {part: download.renamed.get(part, part) for part in missing}
+        base = _folder_with(base, list(theirs.values()), download)
     except UserError:
         os.remove(path)
         raise
-    os.rename(half, folder)
+    for part in missing:
+        os.rename(os.path.join(base, theirs[part]), os.path.join(folder, part))
+    shutil.rmtree(unpacked)
+    os.remove(path)
 
 
-def _without_links(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
-    """tarfile's ``data`` filter, and no symbolic links at all: they have led it astray (CVE-2025-4517)."""
-    if member.issym():
-        raise tarfile.TarError(f"{member.name} is a symbolic link")
-    return tarfile.data_filter(member, folder)
+def _folder_with(folder: str, parts: list[str], download: Download) -> str:
+    """Return the first folder, from the top, that has all parts. Raises UserError."""
+    for path, _, _ in os.walk(folder):
+        if all(exists(path, part) for part in parts):
+            return path
+    content = ", ".join(sorted(os.listdir(folder))[:5])
+    raise UserError(f"{download.page}: no {' and '.join(parts)}, but {content}; its layout has changed (docs/data.md)")
 
 
 def unpack(path: str, folder: str) -> None:
-    """Unpack a zip or tar archive, whatever it is compressed with, into a new folder, which nothing can leave.
+    """Unpack a zip or tar archive into a new folder. pooch's Untar is unsafe before Python 3.12.
 
     Raises:
-        UserError: it is damaged, or wants to write outside of the folder.
+        UserError: it is damaged, has members outside the folder or symbolic links.
     """
+
+    def refuse_links(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
+        if member.issym():  # they have misled Python's filter (CVE-2025-4517)
+            raise tarfile.TarError(f"{member.name} is a symbolic link")
+        return tarfile.data_filter(member, folder)
+
     os.makedirs(folder)
-    bar: dict[str, Any] = {"desc": f"unpacking {os.path.basename(path)}", "disable": not sys.stderr.isatty()}
+    print(f"unpacking {os.path.basename(path)}", flush=True)
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                for info in tqdm(archive.infolist(), unit=" files", **bar):
-                    name = info.filename.replace("\\", "/")
-                    if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name):
-                        raise zipfile.BadZipFile(f"{info.filename} leads out of it")
-                    archive.extract(info, folder)
+                for name in archive.namelist():
+                    if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
+                        raise zipfile.BadZipFile(f"{name} is outside the archive")
+                archive.extractall(folder)
         else:
-            size = os.path.getsize(path)
-            with (
-                open(path, "rb") as raw,
-                tqdm.wrapattr(raw, "read", total=size, **bar) as file,
-                tarfile.open(fileobj=file) as archive,
-            ):
-                archive.extractall(folder, filter=_without_links)
+            with tarfile.open(path) as archive:
+                archive.extractall(folder, filter=refuse_links)
                 while archive.fileobj.read(1 << 20):
                     pass  # to the end, where gzip has its checksum
-    except DAMAGED as error:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # such as a full disk
+            raise
         raise UserError(f"{path}: cannot be unpacked ({one_line(error)}); it was deleted, call again") from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error says, in at most 300 characters."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

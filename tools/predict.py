@@ -1,17 +1,16 @@
-"""Predict any images with a finished run: the most probable classes, their scores, and what they rest on.
+"""Predict any images with a finished run: the most probable classes, their scores, and what they are based on.
 
     python tools/predict.py --model-dir output/…/seed1 cat.jpg holiday/
     python tools/predict.py --model-dir output/…/seed1 holiday/ --explain why/ --classnames "tabby cat" dog
 
-On a terminal a table, else (or with --json) a JSON object a line: {"path", "classes", "scores"} or {"path", "error"}.
-Lines come in the order of the images as they are done; one that was begun is ended, also after Ctrl-C. Scores are
-p(c|x), for LoGoPrompt max(p(c|x), p(c|x_c)) of its K candidates.
+On a terminal a table, else (or with --json) a JSON object per line: {"path", "classes", "scores"} or {"path", "error"},
+in the order of the images. Scores are p(c|x), for LoGoPrompt max(p(c|x), p(c|x_c)) of its K candidates.
 
-A block's place depends on an image's path below the data root. For an image that is not below --root (default: the
-run's DATASET.ROOT) that is the path below the folder named here, or the file's name.
+The place of a block depends on an image's path below --root (default: the run's DATASET.ROOT), for other images on the
+path below the folder given here, or on the file's name.
 
-Exit status: 0; 1 where images could not be read (one line each on stderr, the others are predicted); 2 for a mistake
-of the user's; 130 after Ctrl-C, 141 where nobody reads stdout any more.
+Exit status: 0; 1 if images could not be read (one line each on stderr, the others are predicted); 2 for a user's
+mistake; 130 after Ctrl-C, 141 if nobody reads stdout any more.
 """
 
 from __future__ import annotations
@@ -23,21 +22,22 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from tqdm import tqdm
 
-from trainers.predictor import Explanation, Prediction, Predictor, find_images, stacked
+from trainers.predictor import Explanation, Prediction, Predictor, find_images
 from trainers.prompting.errors import UserError
-from trainers.prompting.names import clean_name
+from trainers.prompting.names import clean_name, printable
 
 ROWS = 24  # images on one sheet
 
@@ -47,148 +47,121 @@ def read_classnames(words: Sequence[str]) -> list[str]:
     if len(words) > 1:
         return list(words)
     try:
-        text = Path(words[0]).read_text(encoding="utf-8-sig")
+        lines = Path(words[0]).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
-        raise UserError(f"--classnames {words[0]}: one name, and no file of names that can be read") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-# ------------------------------------------------------------------------------------------------- output
+        raise UserError(f"--classnames {words[0]}: not a file of names; give such a file, or more names") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def json_line(prediction: Prediction) -> str:
-    """A prediction as one line of ASCII, whatever the path holds."""
-    if prediction.error:
-        return json.dumps({"path": prediction.path, "error": prediction.error})
-    return json.dumps({"path": prediction.path, "classes": prediction.classes, "scores": prediction.scores})
+    """A prediction as one line of ASCII, whatever its path contains."""
+    keys = ("path", "error") if prediction.error else ("path", "classes", "scores")
+    return json.dumps({key: getattr(prediction, key) for key in keys})
 
 
-class Rows:
-    """A table that grows: columns have their width from the start, and an image is printed when it is done."""
+def table_writer(classnames: Sequence[str]) -> Callable[[Prediction], None]:
+    """Prints predictions as rows of one table whose columns have fixed widths."""
+    console = Console(markup=False, emoji=False, highlight=False)
+    widest = max(5, min(max(len(clean_name(name)) for name in classnames), console.width // 2))
+    header = iter([True])
 
-    def __init__(self, console: Console, classnames: Sequence[str]) -> None:
-        self.console, self.begun = console, False
-        widest = max(len(clean_name(name)) for name in classnames)
-        self.classes = max(5, min(widest, console.width // 2))
-        self.paths = max(10, min(60, console.width - self.classes - 6 - 4))
-
-    def __call__(self, prediction: Prediction) -> None:
-        if prediction.error:  # it is said on stderr
+    def write(prediction: Prediction) -> None:
+        if prediction.error:  # reported on stderr
             return
-        table = Table(box=None, padding=(0, 2, 0, 0), show_header=not self.begun, pad_edge=False)
-        table.add_column("image", width=self.paths, overflow="fold")
-        table.add_column("class", width=self.classes, overflow="fold")
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=next(header, False), pad_edge=False)
+        table.add_column("image", width=max(10, min(60, console.width - widest - 10)), overflow="fold")
+        table.add_column("class", width=widest, overflow="fold")
         table.add_column("score", width=6, justify="right")
         for i, (name, score) in enumerate(zip(prediction.classes, prediction.scores)):
-            style = "" if i else "bold"
-            table.add_row(
-                Text("" if i else printable(prediction.path)),
-                Text(clean_name(name), style=style),
-                Text(f"{score:.4f}", style=style),
-            )
-        self.begun = True
-        self.console.print(table)
+            path, style = ("", "") if i else (printable(prediction.path), "bold")
+            table.add_row(path, clean_name(name), f"{score:.4f}", style=style)
+        console.print(table)
+
+    return write
 
 
-def printable(text: str) -> str:
-    """A file's name may hold bytes that are no text, and control characters."""
-    text = text.encode("utf-8", "replace").decode()
-    return "".join(c if c.isprintable() else "?" for c in text)
+def picture_writer(out: Path, stack: ExitStack) -> Callable[[Explanation], None]:
+    """Saves a picture of every image in the folder ``out``, or the first ones on one sheet of that name."""
+    is_sheet, rows, names = out.suffix.lower() in (".jpg", ".jpeg", ".png"), [], Counter()
+    (out.parent if is_sheet else out).mkdir(parents=True, exist_ok=True)
+
+    def add(explanation: Explanation) -> None:
+        name = "" if is_sheet else re.sub(r"[^\w.-]+", "_", explanation.prediction.relative)
+        names[name] += 1
+        if not is_sheet:
+            name += f"-{names[name]}" if names[name] > 1 else ""
+            explanation.draw().save(out / f"{name}.jpg", quality=90)
+        elif names[name] <= ROWS:
+            rows.append(explanation.draw())
+
+    def save_sheet() -> None:
+        if rows:
+            Image.fromarray(np.vstack(rows)).save(out, quality=90)
+        if names[""] > ROWS:
+            print(f"{out}: the first {ROWS} images; name a folder for a picture of each", file=sys.stderr)
+
+    stack.callback(save_sheet)
+    return add
 
 
-class Pictures:
-    """What ``--explain`` writes: a picture for every image into a folder, or one sheet of the first ones."""
-
-    def __init__(self, out: Path) -> None:
-        self.out, self.sheet = out, out.suffix.lower() in (".jpg", ".jpeg", ".png")
-        self.rows: list[Any] = []
-        self.left = 0
-        self.names: Counter[str] = Counter()
-        (out.parent if self.sheet else out).mkdir(parents=True, exist_ok=True)
-
-    def add(self, explanation: Explanation) -> None:
-        if not self.sheet:
-            safe = re.sub(r"[^\w.-]+", "_", explanation.prediction.relative)
-            self.names[safe] += 1
-            again = f"-{self.names[safe]}" if self.names[safe] > 1 else ""
-            explanation.draw().save(self.out / f"{safe}{again}.jpg", quality=90)
-        elif len(self.rows) < ROWS:
-            self.rows.append(explanation.draw())
-        else:
-            self.left += 1
-
-    def close(self) -> None:
-        if self.rows:
-            stacked(self.rows).save(self.out, quality=90)
-        if self.left:
-            print(f"{self.out}: the first {ROWS} images; name a folder for a picture of each", file=sys.stderr)
-
-
-def predict(args: argparse.Namespace, out: Callable[[Predictor], Callable[[Prediction], None]], quiet: bool) -> int:
+def predict(args: argparse.Namespace, stack: ExitStack) -> int:
     """Returns the number of images that failed."""
-    classnames = read_classnames(args.classnames) if args.classnames else None
+    classnames = args.classnames and read_classnames(args.classnames)
     for folder in filter(os.path.isdir, args.images if args.explain else ()):
         if Path(args.explain).resolve().is_relative_to(Path(folder).resolve()):
-            raise UserError(
-                f"--explain {args.explain}: lies in {folder}, whose images are predicted; name another place"
-            )
-    pictures = Pictures(args.explain) if args.explain else None
-    predictor = Predictor(
-        args.model_dir, classnames, epoch=args.load_epoch, backbone=args.backbone, root=args.root,
-        batch_size=args.batch_size,
-    )  # fmt: skip
-    write = out(predictor)
-    total = None if quiet else sum(1 for _ in find_images(args.images))
-    skipped: Counter[str] = Counter()
-    sources = predictor.find(args.images, lambda path: skipped.update(["files"]))
-    if pictures:
-        results: Iterable[Any] = predictor.explain(sources, args.top)
+            raise UserError(f"--explain {args.explain}: is in {folder}, whose images are read; choose another place")
+    draw = picture_writer(args.explain, stack) if args.explain else None
+    where = {"backbone": args.backbone, "root": args.root}
+    predictor = Predictor(args.model_dir, classnames, epoch=args.load_epoch, batch_size=args.batch_size, **where)
+    if sys.stdout.isatty() and not args.json and not args.out:
+        write = table_writer(predictor.classnames)
     else:
-        results = predictor(sources, args.top)
+        file = stack.enter_context(args.out.open("w", encoding="utf-8")) if args.out else sys.stdout
+
+        def write(prediction: Prediction) -> None:
+            file.write(f"{json_line(prediction)}\n")  # in one call: Ctrl-C leaves whole lines
+            file.flush()
+
+    quiet = not sys.stderr.isatty() or (sys.stdout.isatty() and not args.out)  # results are progress enough
+    total = None if quiet else sum(1 for _ in find_images(args.images))
+    skipped: list[str] = []
+    sources = predictor.find(args.images, skipped.append)
+    results: Any = (predictor.explain if draw else predictor)(sources, args.top)
     done = failed = 0
-    try:
-        for result in tqdm(results, total=total, unit="image", disable=quiet):
-            prediction = result.prediction if pictures else result
-            write(prediction)
-            done += 1
-            if prediction.error:
-                failed += 1
-                tqdm.write(f"error: {printable(prediction.error)}", file=sys.stderr)
-            elif pictures:
-                pictures.add(result)
-    finally:
-        if pictures:
-            pictures.close()
+    for done, result in enumerate(tqdm(results, total=total, unit="image", disable=quiet), 1):  # noqa: B007
+        prediction = result.prediction if draw else result
+        write(prediction)
+        if prediction.error:
+            failed += 1
+            tqdm.write(f"error: {printable(prediction.error)}", file=sys.stderr)
+        elif draw:
+            draw(result)
     if failed:
         print(f"{failed} of {done} failed", file=sys.stderr)
-    if skipped["files"]:
-        print(f"{skipped['files']} files in folders were skipped: not the suffix of an image", file=sys.stderr)
+    if skipped:
+        print(f"{len(skipped)} files in folders were skipped: not the suffix of an image", file=sys.stderr)
     return failed
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog="\n\n".join(__doc__.split("\n\n")[2:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("images", nargs="+", help="image files, and folders that are searched for them")
-    parser.add_argument("--model-dir", required=True, help="run folder")
-    parser.add_argument("--load-epoch", type=int, help="epoch of its model; default: the best one, else the last")
-    parser.add_argument("--backbone", default="", help="CLIP weights, where they are no longer where the run had them")
-    parser.add_argument("--classnames", nargs="+", help="other classes: their names, or a file with one on each line")
-    parser.add_argument("--root", default="", help="data root (default: the run's)")
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes to name for each image (5)")
-    parser.add_argument("--batch-size", type=int, help="images scored at a time (default: as in the run's evaluation)")
-    parser.add_argument("--json", action="store_true", help="JSON lines, also on a terminal")
-    parser.add_argument("--out", type=Path, help="write JSON lines to this file, as they come")
-    parser.add_argument(
-        "--explain", type=Path, metavar="DIR|FILE",
-        help="draw the images with their candidates: a picture of each, or (.jpg, .png) one sheet",
-    )  # fmt: skip
+    title, _, epilog = __doc__.split("\n\n", 2)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=title, epilog=epilog, formatter_class=style)
+    add = parser.add_argument
+    add("images", nargs="+", help="image files, and folders that are searched for them")
+    add("--model-dir", required=True, help="run folder")
+    add("--load-epoch", type=int, help="epoch of its model; default: the best one, else the last")
+    add("--backbone", default="", help="CLIP weights, if they are no longer where the run had them")
+    add("--classnames", nargs="+", help="other classes: their names, or a file with one on each line")
+    add("--root", default="", help="data root (default: the run's)")
+    add("--top", type=int, default=5, metavar="K", help="classes to name for each image (5)")
+    add("--batch-size", type=int, help="images scored at a time (default: as in the run's evaluation)")
+    add("--json", action="store_true", help="JSON lines, also on a terminal")
+    add("--out", type=Path, help="write JSON lines to this file, as they come")
+    add("--explain", type=Path, metavar="DIR|FILE", help="draw images and candidates: into a folder, or one .jpg, .png")
     args = parser.parse_args(argv)
-    for flag, value in (("--top", args.top), ("--batch-size", args.batch_size)):
-        if value is not None and value < 1:
-            parser.error(f"{flag} {value}: must be at least 1")
+    if min(args.top, 1 if args.batch_size is None else args.batch_size) < 1:
+        parser.error("--top and --batch-size must be at least 1")
     return args
 
 
@@ -196,32 +169,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Returns the exit status, see above."""
     args = parse_args(argv)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that are read all the same
-    table = sys.stdout.isatty() and not args.json and not args.out
-    quiet = not sys.stderr.isatty() or (sys.stdout.isatty() and not args.out)  # results are progress enough
-    with ExitStack() as stack:
-        try:
-
-            def write_to(predictor: Predictor) -> Callable[[Prediction], None]:
-                if table:
-                    return Rows(Console(), predictor.classnames)
-                file = stack.enter_context(open(args.out, "w", encoding="utf-8")) if args.out else sys.stdout
-
-                def write_json(prediction: Prediction) -> None:
-                    file.write(f"{json_line(prediction)}\n")
-                    file.flush()
-
-                return write_json
-
-            return 1 if predict(args, write_to, quiet) else 0
-        except BrokenPipeError:  # whoever read stdout has had enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
-        except (UserError, OSError) as error:
-            named = isinstance(error, OSError) and error.filename and error.strerror
-            print(f"error: {error.filename}: {error.strerror}" if named else f"error: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            return 130
+    try:
+        with ExitStack() as stack:
+            return 1 if predict(args, stack) else 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (UserError, OSError) as error:
+        named = getattr(error, "filename", None) and getattr(error, "strerror", None)
+        print("error:", f"{error.filename}: {error.strerror}" if named else error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Say what of the data sets is there, get what is missing, or check what is there.
+"""List what is missing of the data sets, download it, or check what exists.
 
-    python tools/prepare.py all --root DATA --dry-run          what is there, what is missing, where it would come from
-    python tools/prepare.py oxford_pets dtd --root DATA        get what is missing
+    python tools/prepare.py all --root DATA --dry-run          what exists, what is missing, where it would come from
+    python tools/prepare.py oxford_pets dtd --root DATA        download what is missing
     python tools/prepare.py oxford_pets --root DATA --check    decode every image, offline
 
-A data set is called like its file in configs/datasets; "all" are those of CoOp. What is there is never touched. Exit
-status: 0; 1 where something is missing or damaged; 2 for a mistake of the user's. DATASETS.md says more.
+Data sets are named like their files in configs/datasets; "all" are those of CoOp. Existing files are never touched.
+Exit status: 0; 1 where something is missing or damaged; 2 for a user's mistake. See docs/data.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from textwrap import indent
 from typing import Optional
@@ -21,61 +23,57 @@ from typing import Optional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import fallback  # isort: skip  # noqa: F401 (makes `import dassl` work)
-from dataset_check import check, dataset_class
-from dataset_fetch import fetch, is_there, missing_parts
-from dataset_sources import SOURCES, Source
-from datasets.drawing import KINDS
-from datasets.shapes import COUNTS, draw_dataset
+from dassl.config import get_cfg_default
+from dassl.data.datasets import DATASET_REGISTRY
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+import datasets
+from dataset_fetch import SOURCES, Source, copied, fetch
+from datasets import shapes
+from datasets.splits import check_labels
+from toy.drawing import KINDS
+from trainers.prompting.data import read_image
 from trainers.prompting.errors import UserError
 
-DRAWN = ("shapes", "shapes_shifted")
-OWN = "folder"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "datasets"
+DRAWN, OWN = ("shapes", "shapes_shifted"), "folder"
 
 
-def checklist(config: str, root: str) -> str:
-    """What of a data set is there, what is missing and who has it: a line for each part."""
-    source = SOURCES[config]
-    folder, missing = os.path.join(root, source.folder), missing_parts(source, root)
-    width = max(len(part) for part in source.parts)
-    lines = [f"{config}: {folder}"]
-    for part in source.parts:
-        download = source.download_of(part)
-        if part not in missing:
-            mark, note = ("x", "") if is_there(folder, part) else ("-", "read only where there is no split")
-        elif download is None:
-            mark, note = " ", "by hand"
-        else:
-            where = "Google Drive" if download.drive else download.url.split("/")[2]
-            if download.copy and os.path.isfile(os.path.join(root, download.copy)):
-                where = f"copied from {download.copy}"
-            words = ("" if download.file == part else download.file, download.size, where)
-            mark, note = " ", ", ".join(word for word in words if word)
-        lines.append(f"  [{mark}] {part:{width}}  {source.kind(part):11}  {note}".rstrip())
-    return "\n".join(lines)
+def dataset_class(config: str, root: str) -> tuple[type, CfgNode]:
+    """Return the class of ``configs/datasets/<config>.yaml`` and a config to read it from a data root."""
+    cfg = get_cfg_default()
+    datasets.extend_cfg(cfg)
+    cfg.merge_from_other_cfg(CfgNode.load_cfg((CONFIGS / f"{config}.yaml").read_text(encoding="utf-8")))
+    cfg.DATASET.ROOT, cfg.SEED = root, 1
+    return DATASET_REGISTRY.get(cfg.DATASET.NAME), cfg
 
 
 def prepare(config: str, root: str, dry_run: bool) -> bool:
-    """Say what of a data set is missing and, unless it is a dry run, get it. Returns whether nothing is missing.
-
-    Raises:
-        UserError: something cannot be had.
-    """
+    """Print what is missing of a data set and, except in a dry run, get it. Returns whether it is complete."""
     if config == OWN:
-        print(f"{config}: images of your own, --root is their folder; DATASETS.md shows how it is laid out")
+        print(f"{config}: your own images, --root is their folder; docs/data.md shows the layout")
         return True
     if config in DRAWN:
         cls, _ = dataset_class(config, root)
         folder = os.path.join(root, cls.dataset_dir)
         if not dry_run:
-            draw_dataset(folder, cls.style, cls.split_file)
+            shapes.draw_dataset(folder, cls.style, cls.split_file)
         print(f"{config}: {folder}\n  [{'x' if os.path.isdir(folder) else ' '}] drawn by this program, no download")
         return os.path.isdir(folder)
     source = SOURCES[config]
-    folder = os.path.join(root, source.folder)
-    print(checklist(config, root), flush=True)
-    missing = missing_parts(source, root)
+    folder, missing = os.path.join(root, source.folder), source.missing(root)
+    print(f"{config}: {folder}")
+    for part in source.parts:
+        mark, note, download = " ", "by hand", source.download_of(part)
+        if part not in missing:
+            mark, note = "x", ""
+        elif download:
+            place = copied(download, root) or (download.url.split("/")[2] if download.url else "Google Drive")
+            note = ", ".join(filter(None, ("" if download.file == part else download.file, download.size, place)))
+        print(f"  [{mark}] {part:{max(map(len, source.parts))}}  {note}".rstrip(), flush=True)
     if any(source.download_of(part) is None for part in missing):
-        print(indent(source.manual.format(folder=folder), "    "))
+        print(indent(source.manual.rstrip().format(folder=folder), "    "))
     elif missing and not dry_run:
         fetch(source, root)
         print(f"{config}: complete")
@@ -83,61 +81,83 @@ def prepare(config: str, root: str, dry_run: bool) -> bool:
     return not missing
 
 
-def check_all(configs: Sequence[str], root: str, workers: int) -> bool:
-    """Check data sets: a line for everything wrong, then a line for each data set. Returns whether all are whole."""
-    rows = []
-    for config in configs:
-        source = SOURCES.get(config)
-        if config in DRAWN:
-            source = Source(config, len(KINDS), {part: count * len(KINDS) for part, count in COUNTS.items()}, ())
-        result = check(config, root, source, workers)
-        for problem in result.problems:
-            print(problem, flush=True)
-        count = len(result.problems)
-        verdict = f"{count:,} problem{'' if count == 1 else 's'}" if count else "whole"
-        rows.append((config, result.images, result.classes, verdict))
-    width = max(len(config) for config, *_ in rows)
-    for config, images, classes, verdict in rows:
-        print(f"{config:{width}}  {images:>9,} images  {classes:>5,} classes  {verdict}")
-    return all(verdict == "whole" for *_, verdict in rows)
+def check(config: str, root: str, workers: int) -> tuple[list[str], str]:
+    """Check a data set offline, without writing. Returns a line for every problem; counts of images and classes."""
+    source = SOURCES.get(config)
+    if config in DRAWN:
+        source = Source("", len(KINDS), {part: count * len(KINDS) for part, count in shapes.COUNTS.items()})
+    cls, cfg = dataset_class(config, root)
+    try:
+        folder, parts = cls.survey(cfg)
+        check_labels({**parts, "train": parts["test"]} if cls.test_only else parts, source=folder)
+    except (UserError, OSError) as error:
+        return [str(error)], ""
+    paths = dict.fromkeys(os.path.join(folder, entry.path) for entries in parts.values() for entry in entries)
+    with warnings.catch_warnings(), ThreadPool(workers) as pool:  # Pillow releases Python's lock while it decodes
+        warnings.simplefilter("ignore")  # of odd metadata
+        reasons = pool.imap(_problem, paths, chunksize=32)
+        problems = list(filter(None, tqdm(reasons, config, len(paths), leave=False, unit=" images", disable=None)))
+    found = {f"{part} images": len(entries) for part, entries in parts.items()}
+    found["classes"] = len({entry.label for entry in parts["test"] + parts["train"]})
+    published = (
+        {f"{part} images": n for part, n in source.counts.items()} | {"classes": source.classes} if source else {}
+    )
+    for kind, n in published.items():
+        if found[kind] != n:
+            problems.append(f"{config}: {found[kind]:,} {kind}, but {n:,} are published")
+    return problems, f"{len(paths):>9,} images  {found['classes']:>5,} classes"
+
+
+def _problem(path: str) -> str:
+    """Return why an image cannot be read for training, or nothing."""
+    try:
+        read_image(path)
+        return ""
+    except OSError as error:
+        return str(error)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Returns the exit status: 0, 1 where something is missing or damaged, or 2 for a mistake of the user's."""
     names = [*SOURCES, *DRAWN, OWN]
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog=f"data sets: {', '.join(names)}; all: the first {len(SOURCES)}"
-    )
-    parser.add_argument("datasets", nargs="+", metavar="DATASET", choices=[*names, "all"], help="which (see below)")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=f"data sets: {', '.join(names)}")
+    parser.add_argument("datasets", nargs="+", metavar="DATASET", choices=[*names, "all"], help="see below")
     parser.add_argument("--root", required=True, help="folder of the data sets")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="only say what is there and what would be fetched")
-    what.add_argument("--check", action="store_true", help="decode every image that is there; offline, writes nothing")
-    cores = os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=cores, help=f"threads of --check (default: {cores})")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true", help="only list what exists and what would be downloaded")
+    mode.add_argument("--check", action="store_true", help="decode every image; offline, writes nothing")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads of --check (default: cores)")
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error("--workers must be at least 1")
-    chosen = dict.fromkeys(name for word in args.datasets for name in (SOURCES if word == "all" else [word]))
+    chosen = list(dict.fromkeys(name for word in args.datasets for name in (SOURCES if word == "all" else [word])))
     root = os.path.abspath(os.path.expanduser(args.root))
     if not os.path.isdir(root):
-        print(f"error: {root}: no such folder; make it first, or correct --root", file=sys.stderr)
+        print(f"error: {root}: no such folder; create it or correct --root", file=sys.stderr)
         return 2
     if args.check:
-        return 0 if check_all(list(chosen), root, args.workers) else 1
-    found: dict[str, bool] = {}  # whether a data set is complete
+        rows = []
+        for config in chosen:
+            problems, numbers = check(config, root, args.workers)
+            sys.stdout.writelines(f"{problem}\n" for problem in problems)
+            n = len(problems)
+            verdict = f"{n:,} problem{'s' * (n > 1)}" if n else "complete"
+            rows.append("  ".join(filter(None, (config.ljust(max(map(len, chosen))), numbers, verdict))))
+        print(*rows, sep="\n")
+        return 0 if all(row.endswith("complete") for row in rows) else 1
+    lacking = []
     for config in chosen:
         try:
-            found[config] = prepare(config, root, args.dry_run)
-        except (UserError, OSError) as error:  # the next data set may be to be had all the same
+            complete = prepare(config, root, args.dry_run)
+        except (UserError, OSError) as error:  # go on with the next data set
             print(f"error: {config}: {error}", file=sys.stderr)
-            found[config] = False
+            complete = False
         except KeyboardInterrupt:
-            print(f"{config}: interrupted; what was fetched is kept, call again to go on", file=sys.stderr)
+            print(f"{config}: interrupted; call again to continue", file=sys.stderr)
             return 1
-    lacking = [config for config, complete in found.items() if not complete]
-    if len(found) > 1:
-        print(f"{sum(found.values())} of {len(found)} complete; missing something: {', '.join(lacking) or 'none'}")
+        lacking += [] if complete else [config]
+    if len(chosen) > 1:
+        done = len(chosen) - len(lacking)
+        print(f"{done} of {len(chosen)} complete; incomplete: {', '.join(lacking) or 'none'}")
     return 1 if lacking and not args.dry_run else 0
 
 

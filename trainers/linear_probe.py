@@ -38,9 +38,6 @@ def search(accuracy: Callable[[float], float]) -> float:
 
     The interval from a tenth to ten times the grid's best is halved eight times towards its better end (the left one of
     equals); the result is the C of that end in the last step.
-
-    Args:
-        accuracy: of a probe trained with a given C, on validation images.
     """
     peak = max(GRID, key=accuracy)
     left, right = peak / 10, peak * 10

@@ -20,7 +20,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, redirect_stdout, suppress
+from contextlib import closing, nullcontext, redirect_stdout, suppress
 from itertools import islice
 from threading import Lock
 from types import SimpleNamespace
@@ -38,11 +38,11 @@ from yacs.config import CfgNode
 import trainers
 
 from .prompting.checkpoint import PROMPT_LEARNER, load_checkpoint
-from .prompting.data import normalisation, read_image
+from .prompting.data import normalisation, open_image, read_image
 from .prompting.errors import UserError
 from .prompting.explanation import Candidate, Explanation, Prediction
 from .prompting.image_batch import ImageBatch
-from .prompting.image_files import PathLike, Source, find_images, image_size
+from .prompting.image_files import PathLike, Source, find_images
 from .prompting.method import Comparison
 from .prompting.names import clean_name
 from .prompting.paste import paste
@@ -72,7 +72,7 @@ def run_config(model_dir: str) -> CfgNode:
         with open(path, encoding="utf-8") as file:
             cfg.merge_from_other_cfg(CfgNode.load_cfg(file.read()))
     except Exception as error:  # noqa: BLE001 (yaml and yacs each raise their own errors)
-        raise UserError(f"{path}: not the config of a run ({' '.join(str(error).split())})") from error
+        raise UserError(f"{path}: not the config of a run ({_on_one_line(error)})") from error
     return cfg
 
 
@@ -145,15 +145,16 @@ class Predictor:
         if root and not os.path.isdir(os.path.expanduser(root)):
             raise UserError(f"{root}: no such folder (--root)")
         cfg.DATASET.ROOT = root or cfg.DATASET.ROOT
-        self.roots = [cfg.DATASET.ROOT] if cfg.DATASET.ROOT else []
         self.batch_size = batch_size or cfg.DATALOADER.TEST.BATCH_SIZE
         if self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: must be at least 1")
         kind = self._trainer_class(model_dir)
         folder, checkpoint = _find_model(model_dir, epoch) if kind.method_class.learns else (model_dir, {})
         self.classnames = self._choose_classes(classnames, model_dir, folder, checkpoint)
-        self._disable_training(backbone)
-
+        cfg.MODEL.BACKBONE.NAME = backbone or cfg.MODEL.BACKBONE.NAME
+        cfg.OUTPUT_DIR, cfg.MODEL.INIT_WEIGHTS, cfg.TRAINER.LOGOPROMPT.VIEWS = os.devnull, "", 0  # concern training
+        cfg.TRAIN.COMPILE = False  # takes minutes
+        cfg.freeze()
         output = io.StringIO()
         with redirect_stdout(output):
             self.trainer = _without_data(kind, self.classnames)(cfg)
@@ -163,9 +164,8 @@ class Predictor:
             self.transform = build_transform(cfg, is_train=False)
             with torch.no_grad(), self.trainer.autocast:
                 self.text_features = self.trainer.model.text_features()
-        for line in output.getvalue().splitlines():
-            if line.startswith(BUILD_WARNINGS):
-                print(line, file=sys.stderr)
+        for line in filter(lambda line: line.startswith(BUILD_WARNINGS), output.getvalue().splitlines()):
+            print(line, file=sys.stderr)
         self._large = Lock()
         self._mean, self._std = normalisation(cfg)
 
@@ -195,19 +195,9 @@ class Predictor:
         except UserError as error:
             raise UserError(f"{model_dir} does not record its classes: give --classnames ({error})") from error
 
-    def _disable_training(self, backbone: str) -> None:
-        """Remove from the config what concerns training."""
-        cfg = self.cfg
-        cfg.OUTPUT_DIR = os.devnull  # nothing is written
-        cfg.MODEL.INIT_WEIGHTS = ""
-        cfg.TRAIN.COMPILE = False  # takes minutes
-        cfg.TRAINER.LOGOPROMPT.VIEWS = 0
-        cfg.MODEL.BACKBONE.NAME = backbone or cfg.MODEL.BACKBONE.NAME
-        cfg.freeze()
-
     def find(self, paths: Iterable[PathLike], skipped: Optional[Callable[[str], None]] = None) -> Iterator[Source]:
         """:func:`find_images` with this predictor's root."""
-        return find_images(paths, self.roots, skipped)
+        return find_images(paths, list(filter(None, [self.cfg.DATASET.ROOT])), skipped)
 
     def __call__(self, images: Iterable[Union[PathLike, Source]], top: int = 5) -> Iterator[Prediction]:
         """Predict files and folders of images, in their order.
@@ -220,68 +210,56 @@ class Predictor:
             top: number of classes to name for each image, at most C.
         """
         for batch in self._batches(images):
-            yield from self._predict(batch, top)[0]
+            yield from (prediction for prediction, _, _ in self._predict(batch, top))
 
     def explain(self, images: Iterable[Union[PathLike, Source]], top: int = 5) -> Iterator[Explanation]:
         """Predict like a call, with what each prediction is based on."""
         for batch in self._batches(images):
-            predictions, found = self._predict(batch, top)
-            row = 0
-            for prediction, (_, pixels) in zip(predictions, batch):
+            for prediction, pixels, found in self._predict(batch, top):
                 if prediction.error:
-                    row += not isinstance(pixels, str)
                     yield Explanation(prediction)
-                    continue
-                candidates, selected = self._candidates(found, row, pixels, top)
-                font = self.cfg.TRAINER.LOGOPROMPT.FONT
-                yield Explanation(prediction, self._picture(pixels), candidates, selected, font)
-                row += 1
+                else:
+                    candidates, selected = self._candidates(found, pixels, top)
+                    font = self.cfg.TRAINER.LOGOPROMPT.FONT
+                    yield Explanation(prediction, self._picture(pixels), candidates, selected, font)
 
     # -------------------------------------------------------------------------------------------- reading
     def _batches(self, images: Iterable[Union[PathLike, Source]]) -> Iterator[list[tuple[Source, Any]]]:
         """(source, (3, H, H) pixels or why there are none) of ``batch_size`` images at a time."""
         sources = (source for item in images for source in ([item] if isinstance(item, Source) else self.find([item])))
-        read = self._read_ahead(sources)
-        try:
+        with closing(self._read_ahead(sources)) as read:
             while batch := list(islice(read, self.batch_size)):
                 yield batch
-        finally:
-            read.close()
 
-    def _read_ahead(self, sources: Iterable[Source]) -> Iterator[tuple[Source, Any]]:
+    def _read_ahead(self, sources: Iterator[Source]) -> Iterator[tuple[Source, Any]]:
         pool, waiting = ThreadPoolExecutor(THREADS), deque()
         try:
-            for source in sources:
-                waiting.append((source, pool.submit(self._read, source)))
-                if len(waiting) >= BATCHES_AHEAD * self.batch_size:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
+            while True:
+                for source in islice(sources, BATCHES_AHEAD * self.batch_size - len(waiting)):
+                    waiting.append((source, pool.submit(self._read, source)))
+                if not waiting:
+                    return
+                source, future = waiting.popleft()
+                yield source, future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _read(self, source: Source) -> Union[torch.Tensor, str]:
         """(3, H, H) pixels as the model takes them, or one line on why there are none."""
-        name = " ".join(source.path.split())
+        name = _on_one_line(source.path)
         if source.problem:
             return f"{name}: {source.problem}"
         try:
             if not stat.S_ISREG(os.stat(source.path).st_mode):  # reading a pipe would block
                 return f"{name}: not a file"
-            width, height = image_size(source.path)
-            # The transform resizes the shorter side to the model's input before it crops.
-            if max(width, height) / min(width, height) * max(self.cfg.INPUT.SIZE) ** 2 > Image.MAX_IMAGE_PIXELS:
-                return f"{name}: {width}x{height} pixels are too long and thin to be resized"
-            with self._large if width * height > LARGE else nullcontext():
+            with self._large if _pixels(source.path) > LARGE else nullcontext():
                 return self.transform(read_image(source.path))
         except FileNotFoundError:
             return f"no image file at {name}"
         except OSError as error:
             return f"{name}: {error.strerror}" if error.strerror else str(error)
         except Exception as error:  # noqa: BLE001 (one image must not end the batch)
-            return f"{name}: {type(error).__name__}: {' '.join(str(error).split())}"
+            return f"{name}: {type(error).__name__}: {_on_one_line(error)}"
 
     # -------------------------------------------------------------------------------------------- scoring
     @torch.no_grad()
@@ -290,57 +268,63 @@ class Predictor:
         with self.trainer.autocast:
             return self.trainer.model.compare(images, self.text_features)
 
-    def _predict(self, batch: list[tuple[Source, Any]], top: int) -> tuple[list[Prediction], Optional[Comparison]]:
-        """Predictions of a batch, and the comparison of those images that could be read."""
+    def _predict(self, batch: list[tuple[Source, Any]], top: int) -> Iterator[tuple[Prediction, Any, Any]]:
+        """Prediction, pixels and comparison of every image of a batch; images with an error have no comparison."""
         readable = [(source, pixels) for source, pixels in batch if not isinstance(pixels, str)]
-        found, rows = None, iter(())
+        row = 0
         if readable:
             pixels = torch.stack([pixels for _, pixels in readable]).to(self.trainer.device)
             images = ImageBatch(self.trainer.backbone, pixels, [source.relative for source, _ in readable])
             try:
-                found = self.compare(images)
+                compared = self.compare(images)
             except torch.cuda.OutOfMemoryError as error:
                 raise UserError(f"--batch-size {self.batch_size}: too many images for the GPU's memory") from error
-            order = top_classes(found.scores, top)  # of equals the lower label comes first, as in argmax
-            rows = iter(zip(order.tolist(), found.log_p.gather(1, order).exp().tolist()))
-        predictions = []
         for source, pixels in batch:
-            prediction = Prediction(source.path, relative=source.relative)
+            prediction, found = Prediction(source.path, relative=source.relative), None
             if isinstance(pixels, str):
                 prediction.error = pixels
             else:
-                labels, values = next(rows)
-                if any(map(math.isnan, values)):
-                    prediction.error = f"{' '.join(source.path.split())}: the model's scores are not numbers"
+                values = vars(compared).values()
+                found = Comparison(*(value if value is None else value[row : row + 1] for value in values))
+                row += 1
+                order = top_classes(found.scores, top)  # of equals the lower label comes first, as in argmax
+                log_p = found.log_p.gather(1, order)[0]
+                if log_p.isnan().any():
+                    prediction.error = f"{_on_one_line(source.path)}: the model's scores are not numbers"
                 else:
-                    considered = sum(value > 0 for value in values) or 1
-                    prediction.classes = [self.classnames[i] for i in labels[:considered]]
-                    prediction.scores = values[:considered]
-            predictions.append(prediction)
-        return predictions, found
+                    n = int((log_p > -math.inf).sum())  # others were not considered
+                    prediction.classes = [self.classnames[label] for label in order[0, :n].tolist()]
+                    prediction.scores = log_p[:n].exp().tolist()
+            yield prediction, pixels, found
 
     @torch.no_grad()
-    def _candidates(self, found: Comparison, row: int, pixels: torch.Tensor, top: int) -> tuple[list[Candidate], int]:
-        """The classes considered for an image in one row of a comparison, and the index of the predicted one."""
-        best = int(top_classes(found.scores[row : row + 1], 1))  # a label, since two classes may share a name
-        classes = (
-            top_classes(found.original[row : row + 1], top)[0] if found.candidates is None else found.candidates[row]
-        )
-        names = [self.classnames[c] for c in classes.tolist()]
-        original = found.original[row, classes].exp().tolist()
+    def _candidates(self, found: Comparison, pixels: torch.Tensor, top: int) -> tuple[list[Candidate], int]:
+        """The classes considered for the image of a comparison, and the index of the predicted one."""
+        best = int(top_classes(found.scores, 1))  # a label, since two classes may share a name
+        classes = (top_classes(found.original, top) if found.candidates is None else found.candidates)[0]
         selected = classes.tolist().index(best)
-        if found.candidates is None:
-            return [Candidate(*pair) for pair in zip(names, original)], selected
-        blocks = self.trainer.model.visual_prompts[classes]
-        images = pixels.to(blocks.device).expand(len(names), -1, -1, -1)
-        pasted = paste(images, blocks, found.places[row].expand(len(names), 2))
-        conditional = found.conditional[row].exp().tolist()
-        pictures = map(self._picture, pasted)
-        return [Candidate(*values) for values in zip(names, original, conditional, pictures)], selected
+        values = [[self.classnames[c] for c in classes.tolist()], found.original[0, classes].exp().tolist()]
+        if found.candidates is not None:
+            blocks = self.trainer.model.visual_prompts[classes]
+            images = pixels.to(blocks.device).expand(len(classes), -1, -1, -1)
+            pictures = map(self._picture, paste(images, blocks, found.places.expand(len(classes), 2)))
+            values += [found.conditional[0].exp().tolist(), pictures]
+        return [Candidate(*value) for value in zip(*values)], selected
 
     def _picture(self, pixels: torch.Tensor) -> Image.Image:
         """(3, H, H) normalised pixels -> RGB."""
         return to_pil_image((pixels.cpu().float() * self._std + self._mean).clamp(0, 1))
+
+
+def _pixels(path: str) -> int:
+    """Number of pixels from a file's header; 0 if it cannot be read, which read_image reports."""
+    with suppress(Exception), open_image(path) as image:
+        return image.width * image.height
+    return 0
+
+
+def _on_one_line(text: Any) -> str:
+    return " ".join(str(text).split())
 
 
 def _find_model(model_dir: str, epoch: Optional[int]) -> tuple[str, dict[str, Any]]:

@@ -91,6 +91,7 @@ config() {
     CFG=${ASKED_CFG:-$CFG}
     need "configs/datasets/$1.yaml"
     need "configs/trainers/$CFG_DIR/$CFG.yaml"
+    case $BACKBONE/$CFG in tiny/* | */tiny*) need toy/tiny_clip.pt ;; esac # not in a CoOp code base
 }
 
 need() {

@@ -1,8 +1,7 @@
 """A data set of a few generated images and a linear model, for the tests of the training loop."""
 
-from __future__ import annotations
-
 import os
+from itertools import product
 
 import numpy as np
 import torch
@@ -14,24 +13,22 @@ from dassl.optim import build_lr_scheduler, build_optimizer
 from PIL import Image
 from torch.nn import functional as F
 
-SIDE = 8
-CLASSES = ("red", "green", "blue")
+SIDE, CLASSES = 8, ("red", "green", "blue")
 COUNTS = {"train": 4, "val": 2, "test": 3}  # images of each class
 
 
-def write_images(root: str) -> None:
-    """Write the images of every split, noise with one stronger colour channel, to root/<split>/<label>_<number>.png."""
+def write_images(root):
+    """Write noise with one stronger colour channel to root/<split>/<label>_<number>.png."""
     rng = np.random.default_rng(0)
     for split, count in COUNTS.items():
         os.makedirs(os.path.join(root, split))
-        for label in range(len(CLASSES)):
-            for number in range(count):
-                pixels = rng.integers(0, 150, (SIDE, SIDE, 3), dtype=np.uint8)
-                pixels[..., label] += 60
-                Image.fromarray(pixels).save(os.path.join(root, split, f"{label}_{number}.png"))
+        for label, number in product(range(len(CLASSES)), range(count)):
+            pixels = rng.integers(0, 150, (SIDE, SIDE, 3), dtype=np.uint8)
+            pixels[..., label] += 60
+            Image.fromarray(pixels).save(os.path.join(root, split, f"{label}_{number}.png"))
 
 
-def read_split(root: str, split: str) -> list[Datum]:
+def read_split(root, split):
     """List the images of a split in the order of their names."""
     names = sorted(os.listdir(os.path.join(root, split)))
     return [Datum(os.path.join(root, split, name), int(name[0]), 0, CLASSES[int(name[0])]) for name in names]
@@ -49,13 +46,12 @@ class ToyImages(DatasetBase):
 
 @TRAINER_REGISTRY.register(force=True)
 class ToyTrainer(TrainerX):
-    """A linear classifier that starts from zero; ``lrs`` keeps the learning rate of every batch."""
+    """A linear classifier that starts from zero; ``lrs`` records the learning rate of every batch."""
 
     def build_model(self):
         self.lrs = []
         self.model = torch.nn.Linear(3 * SIDE * SIDE, self.num_classes).to(self.device)
-        torch.nn.init.zeros_(self.model.weight)
-        torch.nn.init.zeros_(self.model.bias)
+        self.model.load_state_dict({key: torch.zeros_like(value) for key, value in self.model.state_dict().items()})
         self.optim = build_optimizer(self.model, self.cfg.OPTIM)
         self.sched = build_lr_scheduler(self.optim, self.cfg.OPTIM)
         self.register_model("linear", self.model, self.optim, self.sched)
@@ -80,28 +76,19 @@ def toy_cfg(folder, *options):
     if not os.path.exists(root):
         write_images(root)
     cfg = get_cfg_default()
-    cfg.USE_CUDA = False
-    cfg.OUTPUT_DIR = os.path.join(str(folder), "out")
-    cfg.INPUT.SIZE = (SIDE, SIDE)
-    cfg.INPUT.TRANSFORMS = ("normalize",)
-    cfg.DATASET.ROOT = root
-    cfg.DATASET.NAME = "ToyImages"
-    cfg.DATALOADER.NUM_WORKERS = 0
-    cfg.DATALOADER.TRAIN_X.SAMPLER = "SequentialSampler"
-    cfg.DATALOADER.TRAIN_X.BATCH_SIZE = 5
-    cfg.DATALOADER.TEST.BATCH_SIZE = 4
-    cfg.OPTIM.NAME = "sgd"
-    cfg.OPTIM.LR = 0.01
-    cfg.OPTIM.LR_SCHEDULER = "cosine"
-    cfg.OPTIM.MAX_EPOCH = 5
+    cfg.USE_CUDA, cfg.OUTPUT_DIR, cfg.TRAINER.NAME = False, os.path.join(str(folder), "out"), "ToyTrainer"
+    cfg.INPUT.SIZE, cfg.INPUT.TRANSFORMS = (SIDE, SIDE), ("normalize",)
+    cfg.DATASET.ROOT, cfg.DATASET.NAME = root, "ToyImages"
+    cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.TEST.BATCH_SIZE = 0, 4
+    cfg.DATALOADER.TRAIN_X.SAMPLER, cfg.DATALOADER.TRAIN_X.BATCH_SIZE = "SequentialSampler", 5
+    cfg.OPTIM.NAME, cfg.OPTIM.LR, cfg.OPTIM.LR_SCHEDULER, cfg.OPTIM.MAX_EPOCH = "sgd", 0.01, "cosine", 5
     cfg.TRAIN.CHECKPOINT_FREQ = 1
-    cfg.TRAINER.NAME = "ToyTrainer"
     cfg.merge_from_list(list(options))
     return cfg
 
 
 def rates(optimizer, scheduler, epochs):
-    """The learning rates that an optimiser under a schedule uses in the next epochs."""
+    """The learning rates that an optimizer under a schedule uses in the next epochs."""
     used = []
     for _ in range(epochs):
         used.append(optimizer.param_groups[0]["lr"])

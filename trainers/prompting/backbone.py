@@ -155,15 +155,11 @@ class Backbone(nn.Module):
 
 
 def load_clip(name: str, provider: str = "auto", quick_gelu: bool = True) -> Backbone:
-    """Load CLIP weights in float32.
+    """Load CLIP weights in float32; ``name`` is ``MODEL.BACKBONE.NAME``, see the top of this file.
 
-    Args:
-        name: ``MODEL.BACKBONE.NAME``, see the top of this file.
-        quick_gelu: activation of weights given by path; an ``open_clip_config.json`` next to them has precedence.
-        provider: ``"clip"``, ``"open_clip"`` or ``"auto"`` (``clip`` when importable, else ``open_clip``).
-
-    Raises:
-        UserError: unknown name, missing or unreadable file, unsupported architecture, no network, no package.
+    The provider is ``"clip"``, ``"open_clip"`` or ``"auto"`` (``clip`` when importable, else ``open_clip``).
+    ``quick_gelu`` is the activation of weights given by path, unless an ``open_clip_config.json`` next to them tells.
+    Raises UserError for an unknown name, an unreadable file, an unsupported architecture, no network or no package.
     """
     check_name(name)
     path = TINY if name == "tiny" else _openai_file(name) if name in OPENAI_MODELS else os.path.expanduser(name)

@@ -21,10 +21,6 @@ class CacheAdapter(nn.Module):
         keys: (N, E), a parameter; N is 0 until :meth:`fill`.
         labels: (N,) y_n among the current classes; -1 for other classes, and for all keys of an emptied cache.
         alpha, beta: scalars, not learned.
-
-    Args:
-        n_features: E.
-        n_cls: C, the number of current classes.
     """
 
     def __init__(self, n_features: int, n_cls: int, alpha: float, beta: float) -> None:
@@ -74,14 +70,9 @@ class CacheAdapter(nn.Module):
 
     @torch.no_grad()
     def search(self, image_features: torch.Tensor, logits: torch.Tensor, label: torch.Tensor) -> None:
-        """Set alpha and beta to the pair of a grid that is most accurate on validation images; of equals the smallest.
+        """Choose alpha and beta from a grid by accuracy on validation images; of equals the smallest.
 
-        Args:
-            image_features: (N, E) of unit length.
-            logits: (N, C) without the cache.
-            label: (N,).
-
-        Prints what was chosen.
+        Takes (N, E) features of unit length, (N, C) logits without the cache and (N,) labels; prints what was chosen.
         """
         affinity, best = self.affinity(image_features), -1.0
         for alpha in ALPHAS:

@@ -48,8 +48,8 @@ def write_checkpoint(path: str, checkpoint: dict[str, Any]) -> None:
 def read_checkpoint(path: str) -> dict[str, Any]:
     """A checkpoint, on the CPU, without executing anything in it. Raises UserError for any other file.
 
-    Checkpoints of the original CoOp and CoCoOp hold no class names. A shared context serves any classes;
-    class-specific contexts are taken to belong to the current classes, in their order.
+    Those of the original CoOp and CoCoOp hold no class names: class-specific contexts belong to the current ones,
+    in their order.
     """
     try:
         checkpoint = load_tensors(path)
@@ -64,13 +64,8 @@ def read_checkpoint(path: str) -> dict[str, Any]:
             raise ValueError("no state dict of tensors with an epoch")
         return {"state_dict": dict(state), "epoch": epoch}
     except Exception as error:  # noqa: BLE001 (zip, pickle and torch each raise their own errors)
-        raise UserError(
-            f"{path}: not a checkpoint that can be read ({type(error).__name__}: {_line(error)})"
-        ) from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise UserError(f"{path}: not a checkpoint that can be read ({reason})") from error
 
 
 def load_checkpoint(directory: str, epoch: Optional[int] = None) -> tuple[str, dict[str, Any]]:
@@ -103,31 +98,22 @@ def readable_checkpoints(folder: str, names: Optional[list[str]] = None) -> Iter
 
 
 def checkpoint_names(folder: str) -> list[str]:
-    """File names of the epochs' checkpoints, newest first: the one that the pointer names, and older ones.
+    """File names of the epochs' checkpoints, newest first: the one that Dassl's pointer names, and older ones.
 
     Without a usable pointer all files count.
     """
+    newest = ""
     try:
         present = {int(m[1]): m[0] for m in map(NUMBERED.fullmatch, os.listdir(folder)) if m}
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    newest = newest_checkpoint(folder)
-    if not newest:
-        return [present[epoch] for epoch in sorted(present, reverse=True)]
-    match = NUMBERED.fullmatch(newest)
-    older = [present[epoch] for epoch in sorted(present, reverse=True) if not match or epoch < int(match[1])]
-    return [newest, *older]
-
-
-def newest_checkpoint(folder: str) -> str:
-    """File name that a folder's pointer names; empty without a pointer to an existing file."""
-    try:
         with open(os.path.join(folder, POINTER), encoding="utf-8", errors="replace") as file:
-            name = file.readline().strip()
-    except (FileNotFoundError, NotADirectoryError):
-        return ""
-    valid = name and os.path.basename(name) == name and "\0" not in name
-    return name if valid and os.path.isfile(os.path.join(folder, name)) else ""
+            newest = file.readline().strip()
+    except NotADirectoryError:
+        return []
+    except FileNotFoundError:
+        if not os.path.isdir(folder):
+            return []
+    ordered = [present[epoch] for epoch in sorted(present, reverse=True)]
+    return ordered[ordered.index(newest) :] if newest in ordered else ordered
 
 
 # ------------------------------------------------------------------------------------------------- other classes
@@ -202,7 +188,7 @@ class Checkpointer:
         self.cfg, self.classnames, self.learned, self.optim, self.scaler = cfg, list(classnames), learned, optim, scaler
         self.parts, self.stage_keys, self.fingerprint = parts, stage_keys, fingerprint
         self.warnings: list[str] = []
-        self.best_epoch: Optional[int] = None
+        self._best: Optional[dict[str, Any]] = None  # state of the best epoch, so that every checkpoint restores it
         self.last_checkpoint: tuple[str, int] = ("", 0)  # path and epoch
         self._last_epoch_state: Optional[dict[str, Any]] = None  # of the last epoch, if no checkpoint holds it
 
@@ -210,9 +196,10 @@ class Checkpointer:
 
     def save(self, epoch: int, directory: str, name: str, val_result: Any, best_result: float) -> None:
         """Write ``prompt_learner/<name>`` (default: model.pth.tar-<epoch>) after an epoch, counted from 0."""
+        state = self.state(epoch, val_result, best_result)
         if name == BEST:
-            self.best_epoch = epoch + 1
-        self._write(self.state(epoch, val_result, best_result), directory, name)
+            self._best = copy.deepcopy({**state, "best": None})
+        self._write(state, directory, name)
 
     def state(self, epoch: int, val_result: Any, best_result: float) -> dict[str, Any]:
         """Everything that decides how training continues after an epoch. Tensors are not copied."""
@@ -223,7 +210,7 @@ class Checkpointer:
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "val_result": None if val_result is None else float(val_result),
             "best_result": float(best_result),
-            "best_epoch": self.best_epoch,
+            "best": self._best,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "random": random_states(),
             "config": self.cfg.dump(),
@@ -296,8 +283,7 @@ class Checkpointer:
                 directory = home
         here = os.path.realpath(directory) == os.path.realpath(home)
         folder = os.path.join(directory, PROMPT_LEARNER)
-        candidates = readable_checkpoints(folder)
-        found = next((f for f in candidates if not here or self._best_model_present(*f, folder)), None)
+        found = next(readable_checkpoints(folder), None)
         if found is None:
             if self.cfg.RESUME and not here:
                 raise UserError(f"no checkpoint that can be read in {folder}: see --resume")
@@ -312,9 +298,10 @@ class Checkpointer:
             self.optim.load_state_dict(checkpoint["optimizer"])
         if self.scaler and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
-        if here:  # the best model so far is in this folder
-            self.best_epoch = checkpoint.get("best_epoch")
-        else:
+        if here and checkpoint.get("best"):
+            self._best = checkpoint["best"]
+            write_checkpoint(os.path.join(folder, BEST), self._best)
+        elif not here:
             checkpoint = {**checkpoint, "best_result": None}
         states = checkpoint.get("parts") or {"collapse": checkpoint.get("watch")}  # "watch": of an earlier version
         for name, part in self.parts.items():
@@ -325,25 +312,6 @@ class Checkpointer:
         self.last_checkpoint = path, int(checkpoint["epoch"])
         print(f'Resuming from "{path}" after epoch {checkpoint["epoch"]}')
         return checkpoint
-
-    def _best_model_present(self, path: str, checkpoint: dict[str, Any], folder: str) -> bool:
-        """Whether the best model up to a checkpoint exists; a damaged one is restored from its epoch's checkpoint."""
-        epoch = checkpoint.get("best_epoch")
-        if self.cfg.TEST.FINAL_MODEL != "best_val" or epoch is None:
-            return True
-        best = os.path.join(folder, BEST)
-        try:
-            read_checkpoint(best)
-            return True
-        except UserError as error:
-            print(f"WARNING: {error}")
-        try:
-            again = read_checkpoint(os.path.join(folder, f"model.pth.tar-{epoch}"))
-        except UserError:
-            print(f"{path} needs the best model (epoch {epoch}): the checkpoint before it is used, if there is one")
-            return False
-        write_checkpoint(best, {**again, "val_result": checkpoint["best_result"]})
-        return True
 
     def _check_same_run(self, checkpoint: dict[str, Any], path: str, every_key: bool) -> bool:
         """Refuse to resume with another method, other weights or classes; in a run's own folder with any other setting.

@@ -38,10 +38,8 @@ def read_image(path: str) -> Image.Image:
     floats so that 1 is white (255 where a pixel exceeds 1).
 
     Raises:
-        FileNotFoundError: no such file.
-        OSError: it cannot be read or decoded: permissions, a format not in ``FORMATS``, truncated, more than
-            ``MAX_PIXELS`` pixels, metadata that unpack to megabytes.
-        Both carry one argument, a line that names the path, so that a DataLoader can re-raise them from a worker.
+        FileNotFoundError, OSError: no such file, or it cannot be decoded. Each carries one argument, a line that names
+            the path, so that a DataLoader can re-raise it from a worker.
     """
     name = " ".join(path.splitlines())
     try:
@@ -76,32 +74,6 @@ def _scaled(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(np.clip(pixels / white, 0, 1) * 255).astype(np.uint8))
 
 
-class DecodedImages:
-    """Images decoded once, in one block of ``size`` bytes (:func:`decoded_size`), which worker processes may share.
-
-    Raises:
-        RuntimeError: too little shared memory (a container may have 64 MB).
-    """
-
-    def __init__(self, paths: Sequence[str], size: int, shared: bool = True) -> None:
-        self._memory = torch.empty(size, dtype=torch.uint8)
-        if shared:
-            self._memory.share_memory_()
-        self._places: list[tuple[int, int, int]] = []  # offset, height, width
-        offset = 0
-        with ThreadPoolExecutor() as pool:
-            for image in tqdm(pool.map(read_image, paths), "decoding", len(paths), leave=False, disable=None):
-                pixels = torch.from_numpy(np.asarray(image).copy())
-                self._memory[offset : offset + pixels.numel()] = pixels.flatten()
-                self._places.append((offset, image.height, image.width))
-                offset += pixels.numel()
-
-    def __getitem__(self, i: int) -> Image.Image:
-        offset, height, width = self._places[i]
-        pixels = self._memory[offset : offset + 3 * height * width].view(height, width, 3)
-        return Image.fromarray(pixels.numpy().copy())
-
-
 def decoded_size(paths: Sequence[str], limit: float) -> Optional[int]:
     """Bytes that the images take when decoded, read from their headers; None where that exceeds ``limit``."""
     total = 0
@@ -123,7 +95,7 @@ def decoded_size(paths: Sequence[str], limit: float) -> Optional[int]:
 class ImageDataset(DatasetWrapper):
     """Dassl's data set, with images read by :func:`read_image` and decoded once where memory allows."""
 
-    decoded: Optional[DecodedImages] = None
+    decoded: Optional[list[Image.Image]] = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -132,24 +104,19 @@ class ImageDataset(DatasetWrapper):
             self.epoch.share_memory_()  # persistent workers see a new epoch through this
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The images of a batch. In a worker, augmentation is a function of (seed, epoch, batch).
-
-        So it depends neither on the number of workers nor on what they drew before, as in a resumed run.
-        """
+        """The images of a batch. In a worker, augmentation is a function of (seed, epoch, batch) alone."""
         if get_worker_info() is None or not self.is_train:
             return [self[i] for i in indices]
         with seeded(seed_of(f"{max(self.cfg.SEED, 0)}/{int(self.epoch)}/{list(indices)}")):
             return [self[i] for i in indices]
 
-    def decode(self, limit: float, shared: bool = True) -> None:
-        """Keep all images decoded unless they take more than ``limit`` bytes; call before workers start."""
+    def decode(self, limit: float) -> None:
+        """Keep all images decoded unless they take more than ``limit`` bytes; forked workers share that memory."""
         paths = [item.impath for item in self.data_source]
-        size = decoded_size(paths, limit)
-        if size:
-            try:
-                self.decoded = DecodedImages(paths, size, shared)
-            except RuntimeError as error:  # too little shared memory
-                print(f"Images are decoded at every use: {' '.join(str(error).split())}")
+        if limit and decoded_size(paths, limit):
+            with ThreadPoolExecutor() as pool:
+                bar = tqdm(pool.map(read_image, paths), "decoding", len(paths), leave=False, disable=None)
+                self.decoded = list(bar)
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
         if callable(self.transform) and not self.return_img0:
@@ -225,12 +192,10 @@ def random_states() -> dict[str, Any]:
     """The states of all random number generators, as plain types and tensors."""
     version, numbers, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
+    numpy = {"kind": kind, "keys": _signed(keys), "position": int(position)}
     return {
         "python": {"version": version, "numbers": _signed(numbers), "gauss": gauss},
-        "numpy": {
-            **{"kind": kind, "keys": _signed(keys), "position": int(position)},
-            **{"has_gauss": int(has_gauss), "cached": float(cached)},
-        },
+        "numpy": {**numpy, "has_gauss": int(has_gauss), "cached": float(cached)},
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }

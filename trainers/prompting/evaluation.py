@@ -40,12 +40,7 @@ class Evaluation:
 def evaluate(
     method: Method, batches: Iterable[tuple[ImageBatch, torch.Tensor]], evaluator: Any, split: str, total: int
 ) -> Evaluation:
-    """Score all images, with text features computed once.
-
-    Args:
-        batches: images with paths, and their (B,) labels on the same device.
-        evaluator: Dassl's.
-        total: number of images, for the progress bar.
+    """Score all images (and their (B,) labels) with Dassl's evaluator; text features are computed once.
 
     Raises:
         UserError: scores that are not numbers; the line names an image.
@@ -96,9 +91,7 @@ def check_scores(scores: torch.Tensor, paths: Sequence[str], what: str = "scores
 class ImageSource:
     """Turns Dassl's loaders into batches for a method, through the feature store of ``TEST.FEATURES`` if there is one.
 
-    Args:
-        backbone: its image encoder is on ``device``.
-        precision: of the computation, part of the store's key.
+    The precision of the computation is part of the store's key.
     """
 
     def __init__(self, cfg: CfgNode, backbone: Backbone, device: torch.device, precision: str) -> None:
@@ -178,12 +171,9 @@ class ImageSource:
 
 
 class FewShotFeatures:
-    """Features of a data set's training and validation images, for :class:`~.method.TrainingData`.
+    """Features of a data set's training and validation images (:class:`~.method.TrainingData`).
 
-    Args:
-        dataset: Dassl's.
-        loader: images -> a loader of them in their order, without augmentation.
-        encode: (B, 3, H, H) pixels -> (B, E) features.
+    ``loader`` turns images into a loader without augmentation, ``encode`` pixels (B, 3, H, H) into features (B, E).
     """
 
     def __init__(

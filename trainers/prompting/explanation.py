@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
+import warnings
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Optional
 
-import numpy as np
 from PIL import Image
 
 from .names import clean_name, printable
 
-DPI = 100
-CELL = 2.1  # inches: width of an image
-LINE = 0.19  # inches: height of a line of text
-CHARACTERS = 24  # of a line of text as wide as an image
-INK, SOFT, TRACK, SELECTED = "#1f2933", "#586573", "#d7dde3", "#1a7f37"
+CELL, LINE = 2.2, 0.17  # inches: width of an image, height of a line
+CHARACTERS, PATH = 16, 50  # of a line below an image, and of a path; so many W fit
+INK, SELECTED = "#1f2933", "#1a7f37"
 
 
 @dataclass
@@ -67,84 +66,42 @@ class Explanation:
 
     def draw(self) -> Image.Image:
         """One picture: the image, and the candidates with their class-conditional images and probabilities."""
-        return _draw(self)
+        from matplotlib.figure import Figure
+        from matplotlib.font_manager import FontProperties
 
-
-# ------------------------------------------------------------------------------------------------- pictures
-
-
-def _draw(explanation: Explanation) -> Image.Image:
-    """See :meth:`Explanation.draw`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.font_manager import FontProperties
-
-    font = FontProperties(fname=explanation.font) if explanation.font else FontProperties(family="DejaVu Sans")
-    compared = explanation.candidates[0].conditional is not None
-    columns = 1 + len(explanation.candidates) if compared else 3
-    names = [_wrapped(c.classname) for c in explanation.candidates]
-    n_lines = max(name.count("\n") for name in names) + 4 if compared else 1
-    width, height = columns * (CELL + 0.12) + 0.2, CELL + (n_lines + 2) * LINE
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-
-    def text(x: float, y: float, words: str, colour: str = INK, bold: bool = False) -> None:
-        """Words at inches from the left and the top."""
-        properties = font.copy()
-        properties.set_weight("bold" if bold else "normal")
-        style = {"ha": "left", "va": "top", "color": colour, "fontproperties": properties, "fontsize": 9}
-        figure.text(x / width, 1 - y / height, words.replace("$", r"\$"), **style)
-
-    def picture(x: float, image: Image.Image, frame: bool = False) -> None:
-        axes = figure.add_axes([x / width, 1 - (top + CELL) / height, CELL / width, CELL / height])
-        axes.imshow(np.asarray(image), interpolation="bicubic")
-        axes.set_xticks([])
-        axes.set_yticks([])
-        for spine in axes.spines.values():
-            spine.set(visible=frame, color=SELECTED, linewidth=4)
-
-    top = 0.12 + LINE
-    path = printable(explanation.prediction.path.encode("utf-8", "replace").decode())
-    text(0.12, 0.08, textwrap.shorten(path[::-1], 2 * CHARACTERS, placeholder="…")[::-1], SOFT)
-    picture(0.12, explanation.image)
-    below = top + CELL + 0.06
-    if not compared:
-        _bars(explanation, text, figure, (0.12 + CELL + 0.2, top), (width, height))
-    else:
-        text(0.12, below, "the image x")
-        text(0.12, below + LINE, "x_c: with the name of c", SOFT)
-        for i, (candidate, name) in enumerate(zip(explanation.candidates, names)):
-            x, selected = 0.12 + (i + 1) * (CELL + 0.12), i == explanation.selected
-            picture(x, candidate.picture, frame=selected)
-            text(x, below, name, SELECTED if selected else INK, bold=True)
-            largest = max(candidate.original, candidate.conditional)
-            for j, (label, value) in enumerate((("p(c|x)", candidate.original), ("p(c|x_c)", candidate.conditional))):
-                y = below + (n_lines - 3 + j) * LINE
-                text(x, y, label, SOFT)
-                text(x + 0.85, y, f"{value:.3f}", INK if value == largest else SOFT, bold=value == largest)
-            if selected:
-                text(x, below + (n_lines - 1) * LINE, "selected", SELECTED, bold=True)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-
-
-def _bars(explanation: Explanation, text: Any, figure: Any, corner: tuple[float, float], size: tuple) -> None:
-    """The probabilities of a method that looks at the image alone."""
-    (x, y), (width, height) = corner, size
-    for i, candidate in enumerate(explanation.candidates):
-        selected = i == explanation.selected
-        colour = SELECTED if selected else INK
-        text(x, y, f"{candidate.original:.3f}  {_wrapped(candidate.classname, 1)}", colour, bold=selected)
-        for share, paint in ((1.0, TRACK), (candidate.original, colour)):
-            axes = figure.add_axes([x / width, 1 - (y + 0.28) / height, share * 2 * CELL / width, 0.07 / height])
-            axes.set_facecolor(paint)
-            axes.set(xticks=[], yticks=[])
-            for spine in axes.spines.values():
-                spine.set_visible(False)
-        y += 0.4
-
-
-def _wrapped(classname: str, lines: int = 2) -> str:
-    """A class name on at most so many lines, cut with an ellipsis."""
-    name = printable(clean_name(classname))
-    return "\n".join(textwrap.wrap(name, CHARACTERS * (3 - lines), max_lines=lines, placeholder="…") or [""])
+        font = FontProperties(fname=self.font) if self.font else FontProperties(family="DejaVu Sans")
+        text = {"fontproperties": font, "fontsize": 9, "color": INK, "parse_math": False}
+        compared = self.candidates[0].conditional is not None
+        ratios = [1] * (1 + len(self.candidates)) if compared else [1, 2]
+        lines, names = 3 if compared else 2, [printable(clean_name(c.classname)) for c in self.candidates]
+        names = ["\n".join(textwrap.wrap(name, CHARACTERS, max_lines=lines, placeholder="…")) for name in names]
+        captions = (4 + max(name.count("\n") for name in names)) * LINE
+        height = CELL + 2 * LINE + captions if compared else max(CELL, 0.4 * len(names)) + 2 * LINE
+        figure = Figure(figsize=(sum(ratios) * CELL, height), layout="constrained")
+        axes = figure.subplots(1, len(ratios), gridspec_kw={"width_ratios": ratios})
+        path = printable(self.prediction.path)
+        path = path if len(path) <= PATH else f"…{path[1 - PATH :]}"
+        figure.suptitle(path, x=0.01, ha="left", **text)
+        axes[0].imshow(self.image, interpolation="bicubic")
+        for axis in axes:
+            axis.set(xticks=[], yticks=[], anchor="N")
+            axis.spines[:].set(visible=False, color=SELECTED, linewidth=4)
+        if compared:
+            axes[0].set_xlabel("the image x\nx_c: with the name of c", loc="left", **text)
+        else:
+            axes[1].set(xlim=(0, 1), ylim=(len(self.candidates) - 0.5, -0.9))
+        for i, (candidate, name) in enumerate(zip(self.candidates, names)):
+            p, style = candidate.original, {**text, "color": SELECTED if i == self.selected else INK}
+            if compared:
+                axes[i + 1].imshow(candidate.picture, interpolation="bicubic")
+                axes[i + 1].spines[:].set_visible(i == self.selected)
+                caption = f"{name}\n{p:.3f}  p(c|x)\n{candidate.conditional:.3f}  p(c|x_c)"
+                axes[i + 1].set_xlabel(caption + ("\nselected" if i == self.selected else ""), loc="left", **style)
+            else:
+                axes[1].barh(i, [1, p], 0.25, color=["#e3e8ec", style["color"]])
+                axes[1].text(0, i - 0.2, f"{p:.3f}  {' '.join(name.splitlines())}", va="bottom", **style)
+        buffer = io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # of names that the font cannot show
+            figure.savefig(buffer, format="png", dpi=100)
+        return Image.open(buffer).convert("RGB")

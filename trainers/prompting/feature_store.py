@@ -43,14 +43,7 @@ def digest(*parts: Any) -> bytes:
 
 
 def encoder_key(visual: nn.Module, transform: Any, precision: str, device: str) -> bytes:
-    """Key of an image encoder and its preprocessing.
-
-    Args:
-        visual: the encoder; its weights count, not where they come from.
-        transform: of test images; its ``repr`` counts.
-        precision: of the computation, and the version of the image reader.
-        device: its kind; kinds differ in the last digits.
-    """
+    """Key of an image encoder (its weights), its preprocessing (``repr`` of the transform), precision and device."""
     weights: list[Any] = []
     for name, value in sorted(visual.state_dict().items()):
         content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
@@ -68,7 +61,6 @@ class FeatureStore:
     """Features of one encoder, in a file that other processes may use at the same time.
 
     Args:
-        path: the file, created when missing.
         encoder: from :func:`encoder_key`.
         name: of the encoder, for people who look into the store.
         limit: bytes that the file may take; beyond that the oldest features are removed.

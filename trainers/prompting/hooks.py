@@ -40,8 +40,8 @@ class StageSchedule:
         self.firsts = [sum(stage.epochs for stage in stages[:i]) for i in range(len(stages))]
         self.scheduler: Any = None
         self.warnings = [
-            f"stage {i} has {stage.epochs} epoch{'s' * (stage.epochs > 1)}, all warm-up: it learns next to nothing. Set "
-            "a higher OPTIM.MAX_EPOCH or a lower OPTIM.WARMUP_EPOCH"
+            f"stage {i} has {stage.epochs} epoch{'s' * (stage.epochs > 1)}; all are warm-up and teach next to nothing: raise "
+            "OPTIM.MAX_EPOCH or lower OPTIM.WARMUP_EPOCH"
             for i, stage in enumerate(stages, start=1)
             if 0 < stage.epochs <= optim_cfg.WARMUP_EPOCH
         ]

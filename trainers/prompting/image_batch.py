@@ -25,12 +25,9 @@ Key = tuple[int, int, int, int, int]  # image, view, class (-1: none), top, left
 
 
 class ImageBatch:
-    """B images, and the features of their class-conditional copies.
+    """B images (B, 3, H, W), normalised, on the encoder's device, and features of their class-conditional copies.
 
-    Args:
-        backbone: its image encoder is frozen.
-        pixels: (B, 3, H, W), normalised, on the encoder's device.
-        paths: B paths relative to the data root at test time; None in training.
+    At test time ``paths`` are their paths relative to the data root; in training None.
     """
 
     def __init__(self, backbone: Backbone, pixels: torch.Tensor, paths: Optional[Sequence[str]] = None) -> None:
@@ -54,7 +51,7 @@ class ImageBatch:
     def pasted(
         self, blocks: torch.Tensor, classes: torch.Tensor, places: torch.Tensor, store: bool = True
     ) -> torch.Tensor:
-        """f(x_c): features of the images with a block replaced by a visual prompt (section 3.2.1).
+        """f(x_c), features of images with a block replaced by a visual prompt (3.2.1): (B, N, E), of unit length.
 
         Blocks that require gradients get them through the frozen encoder. Activations are then held for one chunk at a
         time and recomputed in the backward pass, so memory does not grow with B * N.
@@ -63,10 +60,7 @@ class ImageBatch:
             blocks: (C, 3, h, w) visual prompts, normalised like the images.
             classes: (B, N) classes c for each image.
             places: (B, 2) top and left of the block, the same for all classes of an image.
-            store: the features are worth storing, where there is a store (not those of blocks that one run learned).
-
-        Returns:
-            (B, N, E), of unit length.
+            store: whether the features may serve other runs, unlike those of blocks that this run learned.
         """
         n = classes.shape[1]
         owner = torch.arange(len(self)).repeat_interleave(n)
@@ -100,7 +94,9 @@ def encode_pasted(
     """Paste and encode in chunks: P pairs of an image (its row in ``owner``) and a class -> (P, E)."""
 
     def encode(i: torch.Tensor, c: torch.Tensor) -> torch.Tensor:  # indexing in here: nothing pasted is retained
-        return backbone.encode_image(paste(pixels[i], blocks[c], places[i]))
+        # With several CPU threads the gradient of blocks[c] would be summed in any order.
+        chosen = blocks.index_select(0, c.to(blocks.device))
+        return backbone.encode_image(paste(pixels[i], chosen, places[i]))
 
     learning = blocks.requires_grad and torch.is_grad_enabled()
     chunk = GRADIENT_CHUNK if learning else CHUNK
@@ -115,12 +111,9 @@ def encode_pasted(
 
 
 class StoredBatch(ImageBatch):
-    """Test images whose features may be in a store.
+    """Test images whose features may be in a store, under their :func:`image_key`.
 
-    Args:
-        store: where features are looked up and put.
-        keys: B :func:`image_key`.
-        read: rows -> their pixels on the encoder's device; called for the images of which something is missing.
+    ``read`` turns rows into pixels on the encoder's device; it is called for images of which something is missing.
     """
 
     def __init__(
@@ -159,19 +152,15 @@ class StoredBatch(ImageBatch):
 class ViewCache:
     """R augmented views of every training image, each encoded once (``VIEWS``).
 
-    A view and the place of its block are functions of (seed, image, number of the view). A view's pixels are made only
-    when something of it has to be encoded: its own feature the first time, and that of a class-conditional copy when
-    mining asks for a class for the first time. So later epochs hardly touch images.
-
-    Memory: N * R * E numbers for the views and as many again for each class that is asked for.
+    A view and the place of its block are functions of (seed, image, number of the view). Its pixels are made only when
+    a feature is missing: its own at first, and that of a class-conditional copy when mining first asks for that class.
+    So later epochs hardly touch images. Memory: N * R * E numbers, and as many again for each class asked for.
 
     Args:
-        backbone: its image encoder.
         items: N images with ``impath`` and ``label``.
         transform: the augmentation, PIL image -> (3, H, W).
         views: R.
-        seed: of the views.
-        room: bytes of images that stay decoded; the others are read again when they are needed.
+        room: bytes of images that stay decoded; the others are read again when needed.
     """
 
     def __init__(
@@ -213,8 +202,7 @@ class ViewCache:
     def look_up(self, keys: Sequence[Key], blocks: Optional[torch.Tensor] = None) -> torch.Tensor:
         """(P, E) features of P keys, not of unit length; missing ones are encoded.
 
-        The last digits of a feature depend on what is encoded with it. So keys that the run encoded before it was
-        killed are encoded in the same groups again.
+        The last digits of a feature depend on what is encoded with it, so a resumed run encodes in the same groups.
         """
         for key in keys:
             if key not in self._rows and key in self._group_of:

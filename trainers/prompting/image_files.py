@@ -8,7 +8,6 @@ from typing import NamedTuple, Optional, Union
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .data import open_image
 from .names import relative_path
 
 SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".apng")  # of images in a folder
@@ -41,30 +40,25 @@ def find_images(
         if not os.path.isdir(path):
             yield Source(path, _relative(path, [*roots, os.path.dirname(path)]))
             continue
-        empty = True
+        source = None
         for found, problem in _walk(path, frozenset(), skipped):
-            empty = False
-            yield Source(found, _relative(found, [*roots, path]), problem)
-        if empty:
+            yield (source := Source(found, _relative(found, [*roots, path]), problem))
+        if source is None:
             yield Source(path, "", "no images in this folder")
 
 
-def _walk(
-    folder: str, above: frozenset[tuple[int, int]], skipped: Optional[Callable[[str], None]]
-) -> Iterator[tuple[str, str]]:
-    """(path, problem) of the images below a folder."""
+def _walk(folder: str, above: frozenset, skipped: Optional[Callable[[str], None]]) -> Iterator[tuple[str, str]]:
+    """(path, problem) of the images below a folder, unless it is one of those above it (device, inode)."""
     try:
         status = os.stat(folder)
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
         yield folder, error.strerror
         return
-    above = above | {(status.st_dev, status.st_ino)}
-    for path in (os.path.join(folder, name) for name in names):
+    identity = status.st_dev, status.st_ino
+    for path in [] if identity in above else (os.path.join(folder, name) for name in names):
         if os.path.isdir(path):
-            below = os.stat(path)
-            if (below.st_dev, below.st_ino) not in above:
-                yield from _walk(path, above, skipped)
+            yield from _walk(path, above | {identity}, skipped)
         elif path.lower().endswith(SUFFIXES):
             yield path, ""
         elif skipped is not None:
@@ -75,12 +69,3 @@ def _relative(path: str, roots: Sequence[str]) -> str:
     below = (relative_path(path, root) for root in roots)
     found = next((relative for relative in below if not relative.startswith("../")), os.path.basename(path))
     return found.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a file name need not be text
-
-
-def image_size(path: str) -> tuple[int, int]:
-    """Width and height from a file's header; 1 and 1 if it cannot be read, which read_image reports better."""
-    try:
-        with open_image(path) as image:
-            return image.size
-    except Exception:  # noqa: BLE001 (Pillow's errors are of any kind)
-        return 1, 1

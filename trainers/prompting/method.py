@@ -26,17 +26,11 @@ from .image_batch import ImageBatch
 
 @dataclass
 class Step:
-    """A training step.
+    """A training step."""
 
-    Attributes:
-        losses: scalars by name; their sum is minimised.
-        logits: (B, C) of the original images, for the training accuracy.
-        log: further scalars for TensorBoard, by name.
-    """
-
-    losses: dict[str, torch.Tensor]
-    logits: torch.Tensor
-    log: dict[str, torch.Tensor] = field(default_factory=dict)
+    losses: dict[str, torch.Tensor]  # scalars by name; their sum is minimised
+    logits: torch.Tensor  # (B, C) of the original images, for the training accuracy
+    log: dict[str, torch.Tensor] = field(default_factory=dict)  # further scalars for TensorBoard, by name
 
     @property
     def total(self) -> torch.Tensor:
@@ -45,23 +39,14 @@ class Step:
 
 @dataclass
 class Comparison:
-    """Scores of a batch, and what they are based on.
+    """Scores of a batch, and what they are based on."""
 
-    Attributes:
-        scores: (B, C), whose argmax is the prediction.
-        log_p: (B, C) log-probabilities behind the scores; -inf for classes that were not considered.
-        original: (B, C) log p(c|x) of the original images alone.
-        candidates: (B, K) classes that were compared; None: the original images decide alone.
-        conditional: (B, K) log p(c|x_c) of the candidates.
-        places: (B, 2) top and left of the blocks.
-    """
-
-    scores: torch.Tensor
-    log_p: torch.Tensor
-    original: torch.Tensor
-    candidates: Optional[torch.Tensor] = None
-    conditional: Optional[torch.Tensor] = None
-    places: Optional[torch.Tensor] = None
+    scores: torch.Tensor  # (B, C), whose argmax is the prediction
+    log_p: torch.Tensor  # (B, C) log-probabilities behind the scores; -inf for classes that were not considered
+    original: torch.Tensor  # (B, C) log p(c|x) of the original images alone
+    candidates: Optional[torch.Tensor] = None  # (B, K) classes compared; None: the original images decide alone
+    conditional: Optional[torch.Tensor] = None  # (B, K) log p(c|x_c) of the candidates
+    places: Optional[torch.Tensor] = None  # (B, 2) top and left of the blocks
 
 
 class TrainingData(Protocol):
@@ -80,19 +65,12 @@ def _nothing(data: TrainingData) -> None:
 
 @dataclass
 class Stage:
-    """A part of training with a learning-rate schedule of its own.
+    """A part of training with a learning-rate schedule of its own."""
 
-    Attributes:
-        epochs: 0 skips the stage.
-        lr: initial learning rate.
-        begin: called before the first epoch.
-        end: called after the last epoch.
-    """
-
-    epochs: int
-    lr: float
-    begin: Callable[[TrainingData], None] = _nothing
-    end: Callable[[TrainingData], None] = _nothing
+    epochs: int  # 0 skips the stage
+    lr: float  # initial learning rate
+    begin: Callable[[TrainingData], None] = _nothing  # called before the first epoch
+    end: Callable[[TrainingData], None] = _nothing  # called after the last epoch
 
 
 class Method(nn.Module):

@@ -13,11 +13,7 @@ LOCATIONS = ("random", "top", "bottom")
 
 
 def block_size(image_size: int, height_ratio: float, width_ratio: float) -> tuple[int, int]:
-    """(h, w) in pixels of a block that covers the given shares of an image's height and width.
-
-    Raises:
-        UserError: the block would be empty or larger than the image.
-    """
+    """(h, w) in pixels of a block that covers the given shares of an image. Raises UserError outside (0, 1]."""
     for key, ratio in (("BLOCK_HEIGHT", height_ratio), ("BLOCK_WIDTH", width_ratio)):
         if not 0 < ratio <= 1:
             raise UserError(f"TRAINER.LOGOPROMPT.{key} {ratio:g}: must be larger than 0 and at most 1, the whole image")
@@ -33,25 +29,15 @@ def uniform_numbers(key: str, n: int) -> list[float]:
 def uniform_of_paths(paths: Sequence[str], seed: int) -> torch.Tensor:
     """(B, 2) numbers in [0, 1) that depend on (seed, path) alone, for the places of blocks at test time.
 
-    So a prediction depends neither on batch size, order nor worker processes.
-
-    Args:
-        paths: B image paths relative to the data root, so that moving the data changes nothing.
+    So a prediction depends neither on batch size, order nor workers. Paths are relative to the data root.
     """
     return torch.tensor([uniform_numbers(f"{seed}/{path}", 2) for path in paths], dtype=torch.float64).view(-1, 2)
 
 
 def places_of(uniform: torch.Tensor, image_size: int, block: tuple[int, int], location: str) -> torch.Tensor:
-    """Places of blocks from random numbers.
+    """(B, 2) numbers in [0, 1) -> (B, 2) places (top, left) in pixels of blocks of (h, w) pixels.
 
-    Args:
-        uniform: (B, 2) numbers in [0, 1).
-        block: (h, w) in pixels.
-        location: ``random`` (every place that keeps the block inside the image is equally likely), ``top`` or
-            ``bottom``.
-
-    Returns:
-        (B, 2) rows of (top, left) in pixels.
+    With the location ``random`` every place that keeps the block inside the image is equally likely.
     """
     free = torch.tensor([image_size - block[0], image_size - block[1]])
     if location == "random":
@@ -64,12 +50,9 @@ def paste(images: torch.Tensor, blocks: torch.Tensor, places: torch.Tensor) -> t
     """Replace a block of every image by its visual prompt: x, V_c -> x_c (section 3.2.1).
 
     Args:
-        images: (B, 3, H, W).
+        images: (B, 3, H, W), which are not modified.
         blocks: (B, 3, h, w) in the same range and normalisation as the images; may require gradients.
         places: (B, 2) rows of (top, left).
-
-    Returns:
-        (B, 3, H, W); the images given stay as they are.
 
     Raises:
         ValueError: a block does not fit inside its image.

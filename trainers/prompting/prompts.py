@@ -92,9 +92,8 @@ class PromptLearner(nn.Module):
     def encoder_inputs(self) -> tuple[torch.Tensor, ...]:
         """Arguments of :class:`TextEncoder` that encode all classes at the lowest cost.
 
-        Returns:
-            When all classes share the tokens before their names: (C, S, D) names with full stop and [EOT], (C,)
-            positions of [EOT] in them, (1 + M, D) prefix. Otherwise the result of :meth:`forward`.
+        When all classes share the tokens before their names: (C, S, D) names with full stop and [EOT], (C,) positions
+        of [EOT] in them, (1 + M, D) prefix. Otherwise the result of :meth:`forward`.
         """
         if self.ctx.dim() == 3 or self.order is not None:
             return self()
@@ -137,10 +136,7 @@ class TwoStagePromptLearner(PromptLearner):
     Parameters are float32 whatever the encoder's precision: at first the MLP's output does not depend on its input, and
     such small gradients would vanish in half precision.
 
-    Args:
-        backbone, classnames, n_ctx, ctx_init: as for :class:`PromptLearner`. At initialisation the MLP generates the
-            initial context for every class.
-        reduction: the MLP has E / reduction hidden units.
+    At initialisation the MLP, of E / reduction hidden units, generates the initial context for every class.
     """
 
     per_class = ("ctx", "trained")

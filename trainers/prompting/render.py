@@ -39,11 +39,8 @@ def rasterise(classnames: Sequence[str], height: int, width: int, font: str = ""
         height, width: h and w of the block, in pixels.
         font: path of a TrueType/OpenType file; empty: the font that Pillow ships (Aileron).
 
-    Returns:
-        (C, 1, h, w) coverage in [0, 1]: 1 is text, 0 is background.
-
-    Raises:
-        UserError: the font can draw no character of a name, or cannot be read.
+    Returns (C, 1, h, w) coverage in [0, 1]: 1 is text, 0 is background. Raises UserError where the font can draw no
+    character of a name, or cannot be read.
     """
     typeface = _Typeface(font)
     texts, incomplete, small, masks = [], {}, set(), {}
@@ -221,11 +218,7 @@ def _luminance(colour: Sequence[float]) -> float:
 def render_blocks(
     classnames: Sequence[str], height: int, width: int, seed: int = 0, min_contrast: float = 4.5, font: str = ""
 ) -> torch.Tensor:
-    """The class-wise visual prompts V_c: class names in random colours.
-
-    Returns:
-        (C, 3, h, w) blocks, RGB in [0, 1], not normalised.
-    """
+    """The class-wise visual prompts V_c, class names in random colours: (C, 3, h, w), RGB in [0, 1]."""
     mask = rasterise(classnames, height, width, font)
     text, background = (colour[:, :, None, None] for colour in draw_colours(classnames, seed, min_contrast))
     return background + mask * (text - background)

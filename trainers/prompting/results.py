@@ -24,8 +24,7 @@ TEMPORARY = re.compile(r"\..+-[0-9a-f]{12}\.tmp|model.*\.tmp")  # the second for
 
 def write_results(folder: str, results: dict[str, Any]) -> str:
     """Write ``results.json``, atomically. Returns its path."""
-    path = os.path.join(folder, NAME)
-    write_text(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_text(path := os.path.join(folder, NAME), json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return path
 
 
@@ -37,13 +36,10 @@ def write_text(path: str, text: str) -> None:
 
 @contextmanager
 def replacing(path: str) -> Iterator[IO[bytes]]:
-    """Open a file that replaces ``path`` once it is written and on the disk.
+    """Open a file that replaces ``path`` once it is written and on the disk. Raises OSError that names ``path``.
 
-    Whatever happens before (an error, a kill, a power cut) leaves an older file as it was. A kill leaves a temporary
-    file, which :func:`remove_leftovers` removes.
-
-    Raises:
-        OSError: it cannot be written, for example on a full disk; ``path`` is its file name.
+    An error, a kill or a power cut before leaves an older file as it was. :func:`remove_leftovers` removes what a kill
+    leaves.
     """
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f".{name}-{uuid.uuid4().hex[:12]}.tmp")

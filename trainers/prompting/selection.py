@@ -17,29 +17,15 @@ def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
 
 
 def top_classes(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """The k most probable classes, most probable first; of equals the lower label comes first.
-
-    Args:
-        logits: (B, C).
-        k: limited to C.
-
-    Returns:
-        (B, min(k, C)) labels.
-    """
+    """The k most probable classes: (B, C) -> (B, min(k, C)), best first; of equals the lower label comes first."""
     # A stable sort, because the order of ties in topk depends on the device.
     return logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
 def hard_negatives(logits: torch.Tensor, label: torch.Tensor, k: int) -> torch.Tensor:
-    """c_1 … c_K: the K most probable classes of the original image other than y (section 3.2.2).
+    """c_1 … c_K: the K most probable classes of the original image other than its label y (section 3.2.2).
 
-    Args:
-        logits: (B, C) of the original images.
-        label: (B,) y.
-        k: K, limited to C - 1.
-
-    Returns:
-        (B, min(K, C - 1)) labels, most probable first.
+    (B, C) logits and (B,) labels -> (B, min(K, C - 1)) labels, most probable first.
     """
     ranked = top_classes(logits, logits.shape[-1])
     rank = (ranked == label.unsqueeze(1)).long().argmax(dim=1, keepdim=True)  # of y; the classes behind it move up

@@ -25,11 +25,7 @@ MAX_PADDING_TOKENS = 64  # in a pass over the layers; beyond that prompts of oth
 def encode_tokens(backbone: Backbone, texts: Sequence[str], reserved: int = 0) -> list[list[int]]:
     """Token ids of each text followed by [EOT], without [SOS].
 
-    Args:
-        reserved: further positions that the prompt needs (context vectors).
-
-    Raises:
-        UserError: a prompt exceeds the text encoder's context length.
+    Raises UserError where a prompt with ``reserved`` further positions exceeds the text encoder's context length.
     """
     tokens = [[*backbone.tokenizer.encode(text), backbone.eot_token] for text in texts]
     room = backbone.context_length - 1 - reserved
@@ -43,9 +39,9 @@ def encode_tokens(backbone: Backbone, texts: Sequence[str], reserved: int = 0) -
 
 
 def embed_tokens(backbone: Backbone, tokens: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids of unequal length -> (N, L, D) embeddings with [SOS] in front, and (N,) position of each last token.
+    """Token ids of unequal length -> (N, L, D) embeddings with [SOS] in front, and (N,) positions of the last tokens.
 
-    L is the length of the longest sequence; shorter ones are padded with token 0, as in CLIP.
+    Sequences shorter than the longest, L, are padded with token 0, as in CLIP.
     """
     last = torch.tensor([len(ids) for ids in tokens])
     ids = torch.zeros(len(tokens), int(last.max()) + 1, dtype=torch.long)
@@ -124,11 +120,8 @@ class TextEncoder(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """One residual attention block under the causal mask, on the weights of either package's block.
 
-        Args:
-            x: (C, L, D), or (B, C, L, D) where ``before`` holds keys and values of B prefixes, (B, heads, P, d) each.
-
-        Returns:
-            ``x`` after the block, and this layer's keys and values, (…, heads, L, d) or (B, heads, C, L, d).
+        ``x`` is (C, L, D), or (B, C, L, D) with keys and values of B prefixes before it, (B, heads, P, d) each. Returns
+        it after the block, with this layer's keys and values, (…, heads, L, d) or (B, heads, C, L, d).
         """
         heads = self.backbone.n_head
         qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
@@ -146,16 +139,9 @@ class TextEncoder(nn.Module):
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_before: torch.Tensor, v_before: torch.Tensor
 ) -> torch.Tensor:
-    """Causal attention to a shared prefix and to the tokens after it, under one softmax.
+    """Causal attention to a shared prefix, (B, heads, P, d), and to the tokens after it, (B, heads, C, S, d).
 
     One matrix product meets the prefix with the queries of all classes; its keys and values are not repeated.
-
-    Args:
-        q, k, v: (B, heads, C, S, d) of the tokens after the prefix.
-        k_before, v_before: (B, heads, P, d) of the prefix.
-
-    Returns:
-        (B, heads, C, S, d).
     """
     n, length, p = q.shape[2], q.shape[3], k_before.shape[2]
     q = (q * q.shape[-1] ** -0.5).contiguous()

@@ -121,7 +121,7 @@ class PromptTrainer(TrainerX):
         self._write_config()
         data = self.train_loader_x.dataset
         if isinstance(data, ImageDataset):
-            data.decode(self.cfg.TRAIN.DECODED_GB * 2**30, self.cfg.DATALOADER.NUM_WORKERS > 0)
+            data.decode(self.cfg.TRAIN.DECODED_GB * 2**30)
 
     def before_epoch(self) -> None:
         super().before_epoch()
@@ -170,7 +170,7 @@ class PromptTrainer(TrainerX):
             summary = {"loss": step.total.item(), "acc": accuracy}
             losses = step.losses if len(step.losses) > 1 else {}
             for name, value in {**losses, **step.log}.items():
-                self.write_scalar(f"train/{name}", float(value), self.epoch * self.num_batches + self.batch_idx)
+                self.write_scalar(f"train/{name}", value.item(), self.epoch * self.num_batches + self.batch_idx)
         return summary
 
     def _training_images(self, batch: dict[str, Any]) -> ImageBatch:
@@ -232,9 +232,6 @@ class PromptTrainer(TrainerX):
             self.sched.resume(epochs_done)
         self.epoch = epochs_done - 1
         return epochs_done
-
-    def _restore_best_result(self) -> None:
-        """Nothing: our checkpoints hold the best result (the fallback would read it from the best model)."""
 
     # ------------------------------------------------------------------------------------------------ evaluation
     @torch.no_grad()

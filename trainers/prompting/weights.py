@@ -42,10 +42,8 @@ def is_torchscript(path: str) -> bool:
 def load_tensors(path: str) -> Any:
     """What a torch file holds, on the CPU; objects that are neither tensors nor plain types become placeholders.
 
-    Raises:
-        ValueError: a TorchScript or tar archive (torch before 2.6 would execute or unpack them), or an old torch.
-        pickle.UnpicklingError: the file holds something that torch refuses even as a placeholder.
-        Exception: whatever torch, zip and pickle raise for a file that they cannot read.
+    Raises ValueError for a TorchScript or tar archive (torch before 2.6 would execute or unpack them), or an old torch,
+    and whatever torch, zip and pickle raise for a file that they cannot read.
     """
     if is_torchscript(path) or tarfile.is_tarfile(path):
         raise ValueError("a TorchScript or tar archive")
@@ -59,18 +57,22 @@ def load_tensors(path: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
 
 
+class EmptyDict:
+    """Stands for ``collections.defaultdict``, in which a pickled optimizer holds its state: torch fills only dicts."""
+
+    def __new__(cls, *args: Any) -> dict:  # type: ignore[misc]
+        return {}
+
+
 def _placeholder_for(name: str) -> type:
     """A placeholder class under the full name that a pickle uses."""
     module, _, leaf = name.rpartition(".")
-    return type(leaf, (Placeholder,), {"__module__": module})
+    base = EmptyDict if name == "collections.defaultdict" else Placeholder
+    return type(leaf, (base,), {"__module__": module})
 
 
 def load_init_weights(module: nn.Module, path: str) -> None:
-    """Load whatever fits a module by name and shape, as Dassl does for ``MODEL.INIT_WEIGHTS``.
-
-    Raises:
-        UserError: the file cannot be read, or nothing in it fits.
-    """
+    """Load whatever fits a module by name and shape, as Dassl does for ``MODEL.INIT_WEIGHTS``. Raises UserError."""
     own = module.state_dict()
     try:
         content = load_tensors(path)

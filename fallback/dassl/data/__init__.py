@@ -1,5 +1,1 @@
-"""Data sets, samplers, transforms and loaders."""
-
-from .data_manager import DataManager, DatasetWrapper
-
-__all__ = ["DataManager", "DatasetWrapper"]
+from .data_manager import DataManager, DatasetWrapper  # noqa: F401

@@ -1,6 +1,2 @@
-"""Trainers and their registry."""
-
-from .build import TRAINER_REGISTRY, build_trainer
-from .trainer import SimpleTrainer, TrainerBase, TrainerX
-
-__all__ = ["TRAINER_REGISTRY", "SimpleTrainer", "TrainerBase", "TrainerX", "build_trainer"]
+from .build import TRAINER_REGISTRY, build_trainer  # noqa: F401
+from .trainer import SimpleTrainer, TrainerBase, TrainerX  # noqa: F401

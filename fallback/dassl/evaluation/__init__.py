@@ -1,6 +1,1 @@
-"""Evaluators and their registry."""
-
-from .build import EVALUATOR_REGISTRY, build_evaluator
-from .evaluator import Classification, EvaluatorBase
-
-__all__ = ["EVALUATOR_REGISTRY", "Classification", "EvaluatorBase", "build_evaluator"]
+from .build import EVALUATOR_REGISTRY, Classification, build_evaluator  # noqa: F401

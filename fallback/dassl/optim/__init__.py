@@ -1,6 +1,2 @@
-"""Optimisers and learning-rate schedules chosen by the configuration."""
-
-from .lr_scheduler import build_lr_scheduler
-from .optimizer import build_optimizer
-
-__all__ = ["build_lr_scheduler", "build_optimizer"]
+from .lr_scheduler import build_lr_scheduler  # noqa: F401
+from .optimizer import build_optimizer  # noqa: F401

@@ -1,6 +1,1 @@
-"""Data-set classes and their registry."""
-
-from .base_dataset import DatasetBase, Datum
-from .build import DATASET_REGISTRY, build_dataset
-
-__all__ = ["DATASET_REGISTRY", "DatasetBase", "Datum", "build_dataset"]
+from .base_dataset import DATASET_REGISTRY, DatasetBase, Datum, build_dataset  # noqa: F401

@@ -1,5 +1,1 @@
-"""Image transforms."""
-
-from .transforms import AVAI_CHOICES, INTERPOLATION_MODES, build_transform
-
-__all__ = ["AVAI_CHOICES", "INTERPOLATION_MODES", "build_transform"]
+from .transforms import AVAI_CHOICES, INTERPOLATION_MODES, build_transform  # noqa: F401
