@@ -101,7 +101,8 @@ def setup_cfg(args: argparse.Namespace) -> CN:
 
 def flag_errors(args: argparse.Namespace) -> list[str]:
     """A line for every flag that would have no effect, or is missing."""
-    errors = [f"{word}: flags must come before the KEY VALUE pairs" for word in args.opts if word.startswith("--")]
+    late = [word for word in map(str, args.opts) if word.startswith("--")]
+    errors = [f"{word}: flags must come before the KEY VALUE pairs" for word in late]
     if not args.eval_only and (args.model_dir or args.load_epoch is not None):
         flag = "--model-dir" if args.model_dir else "--load-epoch"
         errors.append(f"{flag}: names a model to evaluate; add --eval-only, or --resume to train on from a run")
@@ -146,7 +147,7 @@ def _merge_tree(cfg: CN, node: CN, content: dict[Any, Any], prefix: str = "") ->
 
 def merge_pairs(cfg: CN, pairs: Sequence[str]) -> list[str]:
     """Override the config with the valid KEY VALUE pairs. Returns one line for every mistake."""
-    if any(word.startswith("--") for word in pairs):  # reported by flag_errors
+    if any(str(word).startswith("--") for word in pairs):  # reported by flag_errors
         return []
     errors = [error for key, value in zip(pairs[::2], pairs[1::2]) for error in _merge(cfg, key, value)]
     if len(pairs) % 2:

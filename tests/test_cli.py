@@ -116,7 +116,8 @@ def test_output_folder_that_is_a_file(fails, tmp_path):
 
 
 def test_real_process_ends_with_status_2_and_one_line(tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "--trainer", "Nonsense", "DATASET.NAME", "Shapes"]
+    command = [sys.executable, str(ROOT / "train.py"), "--trainer", "Nonsense", "--output-dir", "x"]
+    command += ["DATASET.NAME", "Shapes"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and list(tmp_path.iterdir()) == []
     assert done.stderr.startswith('error: unknown trainer (--trainer) "Nonsense"') and done.stderr.count("\n") == 1

@@ -241,7 +241,8 @@ NAME = r"(?P<backbone>[a-z0-9_]+?)(_c(?P<n_ctx>\d+))?(_ep(?P<epochs>\d+))?(_batc
 
 
 def read_config(path):
-    flags = ["--config-file", str(path), "--trainer", path.parent.name, "DATASET.NAME", "Shapes"]
+    flags = ["--config-file", str(path), "--trainer", path.parent.name, "--output-dir", "x"]
+    flags += ["DATASET.NAME", "Shapes"]
     return train.setup_cfg(train.parse_args(flags))
 
 

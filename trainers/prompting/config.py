@@ -128,7 +128,7 @@ def add_keys(cfg: CfgNode, keys: Mapping[str, Key], node: str = "") -> None:
     """Add the shared keys and those of a method, below ``cfg.TRAINER.<node>``."""
     for name, key in SHARED_KEYS.items():
         *groups, leaf = name.split(".")
-        reduce(CfgNode.__getitem__, groups, cfg)[leaf] = key.default
+        reduce(lambda node, group: node.setdefault(group, CfgNode()), groups, cfg)[leaf] = key.default
     if node:
         cfg.TRAINER[node] = CfgNode({name: key.default for name, key in keys.items()})
 

@@ -40,7 +40,7 @@ class StageSchedule:
         self.firsts = [sum(stage.epochs for stage in stages[:i]) for i in range(len(stages))]
         self.scheduler: Any = None
         self.warnings = [
-            f"stage {i} has {stage.epochs} epoch{'s' * (stage.epochs > 1)}; all are warm-up and teach next to nothing: raise "
+            f"stage {i} has {stage.epochs} epoch{'s' * (stage.epochs > 1)}, all warm-up: it hardly learns. Raise "
             "OPTIM.MAX_EPOCH or lower OPTIM.WARMUP_EPOCH"
             for i, stage in enumerate(stages, start=1)
             if 0 < stage.epochs <= optim_cfg.WARMUP_EPOCH
