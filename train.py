@@ -100,14 +100,12 @@ def setup_cfg(args: argparse.Namespace) -> CN:
 
 
 def flag_errors(args: argparse.Namespace) -> list[str]:
-    """A line for every flag that would have no effect, or is missing."""
+    """A line for every flag that would have no effect."""
     late = [word for word in map(str, args.opts) if word.startswith("--")]
     errors = [f"{word}: flags must come before the KEY VALUE pairs" for word in late]
     if not args.eval_only and (args.model_dir or args.load_epoch is not None):
         flag = "--model-dir" if args.model_dir else "--load-epoch"
         errors.append(f"{flag}: names a model to evaluate; add --eval-only, or --resume to train on from a run")
-    if not args.output_dir and "OUTPUT_DIR" not in args.opts[::2]:
-        errors.append("--output-dir is missing: name a folder for this run")
     return errors
 
 
@@ -199,6 +197,8 @@ def print_args(args: argparse.Namespace, cfg: CN) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train and test, or only test, holding the lock of the output folder."""
     cfg = setup_cfg(args)
+    if not args.output_dir and "OUTPUT_DIR" not in args.opts[::2]:
+        raise UserError("--output-dir is missing: name a folder for this run")
     with locked(cfg.OUTPUT_DIR):
         if cfg.SEED >= 0:
             print(f"Setting fixed seed: {cfg.SEED}")

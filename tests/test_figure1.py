@@ -25,7 +25,7 @@ def words(data_root, rn_file):
 
 @torch.no_grad()
 def test_scores_equal_those_of_one_image_at_a_time(words, data_root):
-    trainer = train.build_trainer(train.setup_cfg(train.parse_args(["--trainer", "LoGoPrompt", "--output-dir", "x", *words])))
+    trainer = train.build_trainer(train.setup_cfg(train.parse_args(["--trainer", "LoGoPrompt", *words])))
     values, model, backbone = figure1.zero_shot(trainer), trainer.model, trainer.backbone
     texts = encode_texts(backbone, [f"a photo of a {name.replace('_', ' ')}." for name in NAMES])
     items = trainer.test_loader.dataset.data_source
