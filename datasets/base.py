@@ -139,7 +139,10 @@ class SplitDataset(FewShotDataset):
     Where the file is missing, :meth:`make_split` makes a split as CoOp does, with the seed of the run, and it is saved.
     """
 
-    split_file = ""
+    split_file: str
+
+    def __init_subclass__(cls) -> None:
+        cls.split_file = f"split_zhou_{cls.__name__}.json"
 
     @property
     def source(self) -> str:

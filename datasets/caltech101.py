@@ -9,8 +9,6 @@ from .base import ClassFolderDataset
 class Caltech101(ClassFolderDataset):
     """``<root>/caltech-101/101_ObjectCategories/<class>/image_0001.jpg``."""
 
-    dataset_dir = "caltech-101"
-    image_dir = "101_ObjectCategories"
-    split_file = "split_zhou_Caltech101.json"
+    dataset_dir, image_dir = "caltech-101", "101_ObjectCategories"
     ignored = ("BACKGROUND_Google", "Faces_easy")
     names = {"airplanes": "airplane", "Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike"}

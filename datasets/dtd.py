@@ -10,4 +10,3 @@ class DescribableTextures(ClassFolderDataset):
     """``<root>/dtd/images/<class>/<class>_0001.jpg``."""
 
     dataset_dir = "dtd"
-    split_file = "split_zhou_DescribableTextures.json"

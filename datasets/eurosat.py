@@ -9,9 +9,7 @@ from .base import ClassFolderDataset
 class EuroSAT(ClassFolderDataset):
     """``<root>/eurosat/2750/<class>/<class>_1.jpg``."""
 
-    dataset_dir = "eurosat"
-    image_dir = "2750"
-    split_file = "split_zhou_EuroSAT.json"
+    dataset_dir, image_dir = "eurosat", "2750"
     names = {
         "AnnualCrop": "Annual Crop Land",
         "HerbaceousVegetation": "Herbaceous Vegetation Land",

@@ -10,4 +10,3 @@ class Food101(ClassFolderDataset):
     """``<root>/food-101/images/<class>/<number>.jpg``."""
 
     dataset_dir = "food-101"
-    split_file = "split_zhou_Food101.json"

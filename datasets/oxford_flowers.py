@@ -11,9 +11,7 @@ from .splits import Split, read_json, split_classes
 class OxfordFlowers(SplitDataset):
     """``<root>/oxford_flowers/jpg/image_00001.jpg``, ``imagelabels.mat``, ``cat_to_name.json``."""
 
-    dataset_dir = "oxford_flowers"
-    image_dir = "jpg"
-    split_file = "split_zhou_OxfordFlowers.json"
+    dataset_dir, image_dir = "oxford_flowers", "jpg"
 
     def make_split(self) -> Split:
         labels_path, names_path = self.path("imagelabels.mat"), self.path("cat_to_name.json")

@@ -11,7 +11,6 @@ class OxfordPets(AnnotatedDataset):
     """``<root>/oxford_pets/images/<Breed>_1.jpg`` and ``annotations/{trainval,test}.txt``."""
 
     dataset_dir = "oxford_pets"
-    split_file = "split_zhou_OxfordPets.json"
     lists = ("annotations/trainval.txt", "annotations/test.txt")
 
     def parse(self, line: str) -> Entry:

@@ -51,14 +51,14 @@ class DrawnDataset(SplitDataset):
 class Shapes(DrawnDataset):
     """``<root>/shapes/images/<kind>/<split>_01.png``."""
 
-    dataset_dir, split_file, style = "shapes", "split_zhou_Shapes.json", "scene"
+    dataset_dir, style = "shapes", "scene"
 
 
 @DATASET_REGISTRY.register()
 class ShapesShifted(DrawnDataset):
     """``<root>/shapes_shifted/images/<kind>/<split>_01.png``."""
 
-    dataset_dir, split_file, style = "shapes_shifted", "split_zhou_ShapesShifted.json", "chalk"
+    dataset_dir, style = "shapes_shifted", "chalk"
 
 
 def draw_dataset(folder: str, style: str, split_file: str) -> None:

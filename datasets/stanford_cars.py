@@ -11,9 +11,7 @@ from .splits import Entry
 class StanfordCars(AnnotatedDataset):
     """``<root>/stanford_cars/{cars_train,cars_test}/00001.jpg``, ``devkit/``, ``cars_test_annos_withlabels.mat``."""
 
-    dataset_dir = "stanford_cars"
-    image_dir = ""
-    split_file = "split_zhou_StanfordCars.json"
+    dataset_dir, image_dir = "stanford_cars", ""
     lists = ("devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat")
 
     def annotated(self, name: str) -> list[Entry]:

@@ -11,9 +11,7 @@ from .splits import Entry, Split
 class SUN397(AnnotatedDataset):
     """``<root>/sun397/SUN397/a/abbey/sun_….jpg``, ``ClassName.txt``, ``{Training,Testing}_01.txt``."""
 
-    dataset_dir = "sun397"
-    image_dir = "SUN397"
-    split_file = "split_zhou_SUN397.json"
+    dataset_dir, image_dir = "sun397", "SUN397"
     lists = ("Training_01.txt", "Testing_01.txt")
 
     def make_split(self) -> Split:

@@ -13,9 +13,7 @@ from .splits import Entry, Split
 class UCF101(AnnotatedDataset):
     """``<root>/ucf101/UCF-101-midframes/Apply_Eye_Makeup/v_ApplyEyeMakeup_g01_c01.jpg``, ``ucfTrainTestlist/``."""
 
-    dataset_dir = "ucf101"
-    image_dir = "UCF-101-midframes"
-    split_file = "split_zhou_UCF101.json"
+    dataset_dir, image_dir = "ucf101", "UCF-101-midframes"
     lists = ("ucfTrainTestlist/trainlist01.txt", "ucfTrainTestlist/testlist01.txt")
 
     def make_split(self) -> Split:

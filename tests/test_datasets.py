@@ -58,7 +58,7 @@ def found(items, root, tree):
 def naive_split(tree, random):
     """CoOp's split of the raw data set, in plain loops."""
     if not tree.classes and not tree.trainval:
-        return {"val": [], **tree.parts} if "train" in tree.parts else {"train": tree.parts["test"], **tree.parts}
+        return tree.parts
     split = {"train": [], "val": [], "test": list(tree.parts.get("test", ()))}
     if tree.trainval:
         labels = []
@@ -87,11 +87,9 @@ def naive_sample(rows, shots, random):
 
 
 def naive_half(parts, subset):
-    if subset == "all":
-        return parts
     n = len({label for _, label, _ in parts["train"]})
     middle = math.ceil(n / 2)
-    low, high = (0, middle) if subset == "base" else (middle, n)
+    low, high = {"all": (0, n), "base": (0, middle), "new": (middle, n)}[subset]
     return {p: [(f, label - low, c) for f, label, c in rows if low <= label < high] for p, rows in parts.items()}
 
 

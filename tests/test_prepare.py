@@ -64,26 +64,32 @@ class Internet:
             raise ConnectionError("Too many users have\n\tviewed this file")
         Path(output).write_bytes(self.drive[id])
 
-    def offer(self, config, tree, contents):
+    def offer(self, tree, contents):
         """Point a data set's source at files: ``{name of the download: its bytes}``."""
-        source = SOURCES[config]
         downloads = []
-        for download in source.downloads:
+        for download in SOURCES[tree.config].downloads:
             content = contents.get(download.file)
-            if content is None:
-                continue
-            if download.drive:
+            if content is not None and download.drive:
                 self.drive[download.drive] = content
-            else:
+            elif content is not None:
                 self.server.files[download.file] = content
                 algorithm = (download.hash or "").partition(":")[0]
                 value = f"{algorithm}:{hashlib.new(algorithm, content).hexdigest()}" if algorithm else None
                 download = dataclasses.replace(download, url=f"{self.url}/{download.file}", hash=value)
             downloads.append(download)
-        counts = {part: len(rows) for part, rows in tree.split.items() if part in source.counts}
-        fake = dataclasses.replace(source, downloads=tuple(downloads), classes=len(tree.classnames), counts=counts)
-        self.monkeypatch.setitem(dataset_fetch.SOURCES, config, fake)
-        return fake
+        publish(self.monkeypatch, tree, downloads=tuple(downloads))
+
+
+def survey(tree, root):
+    cls, cfg = prepare.dataset_class(tree.config, str(root))
+    return cls.survey(cfg)[1]
+
+
+def publish(monkeypatch, tree, **changed):
+    """Let the size of a miniature be the published one."""
+    counts = {part: len(tree.split[part]) for part in SOURCES[tree.config].counts}
+    fake = dataclasses.replace(SOURCES[tree.config], classes=len(tree.classnames), counts=counts, **changed)
+    monkeypatch.setitem(dataset_fetch.SOURCES, tree.config, fake)
 
 
 @pytest.fixture
@@ -101,7 +107,7 @@ def served(internet, tmp_path):
 
     def offer(make, **changed):
         tree, contents = archives(make, tmp_path / "there")
-        internet.offer(tree.config, tree, contents | {k.replace("__", "."): v for k, v in changed.items()})
+        internet.offer(tree, contents | {k.replace("__", "."): v for k, v in changed.items()})
         return tree, contents
 
     return offer
@@ -137,8 +143,7 @@ def archives(make, root):
     """A miniature of a data set, and its downloads in the layouts of the real ones."""
     tree = make(root)
     folder = root / tree.folder
-    cls, cfg = prepare.dataset_class(tree.config, str(root))
-    tree.split = cls.survey(cfg)[1]  # takes the place of CoOp's file
+    tree.split = survey(tree, root)  # takes the place of CoOp's file
     contents = {tree.split_file: json.dumps(tree.split).encode()}
     for download in SOURCES[tree.config].downloads:
         name, theirs = download.file, download.renamed
@@ -413,11 +418,8 @@ def complete(monkeypatch, tmp_path):
 
     def build_tree(make):
         tree = make(tmp_path)
-        cls, cfg = prepare.dataset_class(tree.config, str(tmp_path))
-        tree.split = cls.survey(cfg)[1]
-        counts = {part: len(tree.split[part]) for part in SOURCES[tree.config].counts}
-        fake = dataclasses.replace(SOURCES[tree.config], classes=len(tree.classnames), counts=counts)
-        monkeypatch.setitem(dataset_fetch.SOURCES, tree.config, fake)
+        tree.split = survey(tree, tmp_path)
+        publish(monkeypatch, tree)
         return tree
 
     return build_tree

@@ -33,13 +33,9 @@ class Tree:
         return f"split_zhou_{self.name}.json"
 
 
-def _jpeg() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (200, 90, 40)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-JPEG = _jpeg()
+_buffer = io.BytesIO()
+Image.new("RGB", (8, 8), (200, 90, 40)).save(_buffer, "JPEG")
+JPEG = _buffer.getvalue()
 
 
 def image(path: Path) -> None:
