@@ -151,6 +151,12 @@ class SplitDataset(FewShotDataset):
     def prepare(self) -> None:
         if os.path.isfile(self.source):
             self.parts = splits.read_split(self.source)
+            made_from = splits.read_json(self.source).get("made_from")  # in splits that this code made
+            if made_from not in (None, self.made_from()):
+                print(
+                    f"WARNING: {self.source} was made from other files than those in {self.folder} now: delete it, and "
+                    "a new split is made"
+                )
         elif not self.may_write:
             self.parts = self.make_split()
         else:
@@ -159,7 +165,9 @@ class SplitDataset(FewShotDataset):
                     if not os.path.isfile(self.source):  # no other process made it meanwhile
                         split = self.make_split()
                         splits.check_labels(split, source=self.folder)
-                        splits.write_text(self.source, json.dumps(split, indent=4))
+                        splits.check_files(self.images, split)
+                        text = json.dumps({**split, "made_from": self.made_from()}, indent=4)
+                        splits.write_text(self.source, text)
                         print(f"Saved split to {self.source}")
                 self.parts = splits.read_split(self.source)
             except PermissionError as error:
@@ -167,6 +175,13 @@ class SplitDataset(FewShotDataset):
                     f"{self.source}: no such file, and a new split cannot be saved ({error.strerror}): put CoOp's file "
                     "there (docs/data.md) or make the folder writable once"
                 ) from error
+
+    def made_from(self) -> str:
+        """Return a digest of the files that a split is made from: names and numbers of images, sizes of annotations."""
+        files = [self.path(name) for name in getattr(self, "lists", ()) if os.path.isfile(self.path(name))]
+        folders = list_folders(self.images) if os.path.isdir(self.images) else []
+        counts = [(name, len(list_images(os.path.join(self.images, name)))) for name in folders]
+        return digest([counts, [os.path.getsize(path) for path in files]])
 
     def make_split(self) -> Split:
         """Make the split from the raw data, with CoOp's draws."""

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Callable, TypeVar
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
+from trainers.prompting.data import ENDINGS
 from trainers.prompting.errors import UserError
 from trainers.prompting.names import printable, relative_path
 
 T = TypeVar("T")
+HIDDEN = (".", "@eaDir")  # beginnings of folders that are not shown; the second holds a NAS's thumbnails
 
 
 def list_folders(path: str) -> list[str]:
@@ -20,7 +20,7 @@ def list_folders(path: str) -> list[str]:
     if not os.path.isdir(path):
         raise UserError(f"{path}: no such folder; unpack the images of the data set there (docs/data.md)")
     with os.scandir(path) as found:
-        return _sorted(path, [item.name for item in found if item.is_dir() and not item.name.startswith(".")])
+        return _sorted(path, [item.name for item in found if item.is_dir() and not item.name.startswith(HIDDEN)])
 
 
 def list_images(path: str) -> list[str]:
@@ -28,18 +28,22 @@ def list_images(path: str) -> list[str]:
     return _sorted(path, [name for name in os.listdir(path) if is_image(name)])
 
 
-def walk_images(path: str) -> list[str]:
-    """Return the sorted paths of the image files in ``path`` and below, relative to it, with "/"; no hidden ones."""
+def walk_images(path: str, others: list[str]) -> list[str]:
+    """Return the sorted paths of the image files in ``path`` and below, relative to it, with "/"; no hidden ones.
+
+    The paths of all other files are appended to ``others``.
+    """
     found = []
     for folder, below, names in os.walk(path, followlinks=True):
-        below[:] = [name for name in below if not name.startswith(".")]
+        below[:] = [name for name in below if not name.startswith(HIDDEN)]
         found += [relative_path(os.path.join(folder, name), path) for name in names if is_image(name)]
+        others += [os.path.join(folder, name) for name in names if not is_image(name) and name[0] != "."]
     return _sorted(path, found)
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file name is not hidden and has one of torchvision's image endings."""
-    return not name.startswith(".") and name.lower().endswith(IMG_EXTENSIONS)
+    """Return whether a file name is not hidden and ends like an image that Pillow decodes here."""
+    return not name.startswith(".") and name.lower().endswith(ENDINGS)
 
 
 def _sorted(path: str, names: list[str]) -> list[str]:
@@ -66,7 +70,7 @@ def reading(path: str) -> Iterator[None]:
 
 def read_lines(path: str) -> list[str]:
     """Return the non-empty lines of a text file, stripped. Raises UserError where there are none."""
-    with reading(path), open(path, encoding="utf-8") as file:
+    with reading(path), open(path, encoding="utf-8-sig") as file:
         lines = [line.strip() for line in file if line.strip()]
         if not lines:
             raise ValueError("it is empty")

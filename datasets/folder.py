@@ -91,7 +91,7 @@ class Folder(FewShotDataset):
 
         A class folder without images is refused if its folders look like parts or classes, or if it is the only one.
         """
-        found = {}
+        found, others = {}, []
         for name in classes:
             folder = os.path.join(self.folder, part, name)
             here = os.path.isdir(folder)
@@ -103,7 +103,10 @@ class Folder(FewShotDataset):
                     "the class folders, or that of train/, val/ and test/"
                 )
             prefix = f"{part}/{name}" if part else name
-            found[name] = [f"{prefix}/{path}" for path in walk_images(folder)] if here else []
+            found[name] = [f"{prefix}/{path}" for path in walk_images(folder, others)] if here else []
+        if others:
+            kinds = ", ".join(sorted({os.path.splitext(name)[1].lower() or "no ending" for name in others})[:5])
+            print(f"{len(others)} files are not images that Pillow decodes here ({kinds}), such as {others[0]}")
         return found
 
     def _classnames(self, classes: list[str]) -> dict[str, str]:
@@ -115,8 +118,12 @@ class Folder(FewShotDataset):
         names: dict[str, str] = {}
         for line in read_lines(path):
             # folders may have spaces in their names: take the longest that fits
-            folder = max((name for name in classes if line.startswith((f"{name} ", f"{name}\t"))), key=len, default="")
-            names[folder] = line[len(folder) :].strip()
+            folder = max(
+                (name for name in classes if line.startswith(tuple(f"{name}{mark}" for mark in " \t,;"))),
+                key=len,
+                default="",
+            )
+            names[folder] = line[len(folder) :].strip(" \t,;")
         missing = [name for name in classes if name not in names]
         if missing:
             raise UserError(f'{path}: no line for the folder "{missing[0]}"; add "{missing[0]} <class name>"')

@@ -31,6 +31,12 @@ class ImageNet(FewShotDataset):
     def prepare(self) -> None:
         self.parts = {}
         self.pickled, self.listed = self.path(PICKLED), not os.path.isfile(self.path(PICKLED))
+        train, val = (list_folders(os.path.join(self.images, folder)) for folder in ("train", "val"))
+        if different := sorted(set(train) ^ set(val)):
+            here, lacking = ("train", "val") if different[0] in train else ("val", "train")
+            raise UserError(
+                f"{self.images}: {different[0]} is in {here}/ and not in {lacking}/; unpack the data set again"
+            )
 
     def entries(self, part: str) -> list[Entry]:
         folder = "train" if part == "train" else "val"
@@ -43,6 +49,13 @@ class ImageNet(FewShotDataset):
                 rows = read_pickled(self.pickled)["train"]
                 paths = ("/".join(path.replace("\\", "/").split("/")[-3:]) for path, _, _ in rows)
                 self.parts[folder] = [to_entry((path, *row[1:])) for path, row in zip(paths, rows)]
+            now = {item.path.split("/")[1]: item.label for item in self.entries("test")}
+            for item in self.parts[folder]:
+                name = item.path.split("/")[1]
+                if now.get(name) != item.label:
+                    raise UserError(
+                        f"{self.pickled}: {name} has another label than in {self.images}/val; delete the file"
+                    )
         return self.parts[folder]
 
     def fingerprint(self) -> str:

@@ -153,7 +153,7 @@ def check_files(images: str, parts: Split) -> None:
 
 def read_json(path: str) -> Any:
     """Read a JSON file. Raises ValueError where it is damaged or nested too deeply."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         try:
             return json.load(file)
         except RecursionError as error:
@@ -165,6 +165,7 @@ def to_entry(row: Sequence[Any]) -> Entry:
     path, label, classname = row
     if isinstance(label, float) or int(label) < 0 or not isinstance(classname, str) or not isinstance(path, str):
         raise ValueError(f"{path} has the label {label} and the class name {classname!r}")
+    path = path.replace("\\", "/")
     if os.path.isabs(path) or ".." in path.split("/") or "\0" in path:
         raise ValueError(f"{path} points outside the data set")
     (path + classname).encode()  # JSON can hold unpaired surrogates; UnicodeEncodeError is a ValueError

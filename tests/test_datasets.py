@@ -123,7 +123,8 @@ def test_without_a_split_file(make, tmp_path):
     assert_built(tmp_path, tree, expect(tree, split, SHOTS, draws))
     path = tmp_path / tree.folder / tree.split_file
     if tree.classes or tree.trainval:
-        assert {p: [tuple(row) for row in rows] for p, rows in json.loads(path.read_text()).items()} == split
+        written = json.loads(path.read_text())
+        assert {part: [tuple(row) for row in written[part]] for part in ("train", "val", "test")} == split
     else:
         assert not path.exists()
 

@@ -8,10 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, start
+from dassl.config import get_cfg_default
+from dassl.data.datasets import build_dataset
 from PIL import Image
 from tiny import NAMES, arguments, clip_state_dict
 from torch.utils.data import DataLoader, SequentialSampler
 
+from datasets.splits import read_split
+from train import extend_cfg
 from trainers.prompting import trainer as trainer_module
 from trainers.prompting.backbone import load_clip
 from trainers.prompting.checkpoint import BEST
@@ -266,3 +270,103 @@ def test_bfloat16_needs_a_cpu_that_has_it(run, monkeypatch):
     found = run("CoOp", "TRAINER.COOP.PREC", "bf16", "OPTIM.MAX_EPOCH", 1)
     assert "PREC bf16 needs a CPU with bfloat16 instructions: computing in float32" in found.log
     assert found.trainer.backbone.dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------- data sets
+
+
+def copies(data_root, folder, count=4, ending=".jpg"):
+    """A class folder of images with an ending."""
+    folder.mkdir(parents=True)
+    images = sorted((data_root / "caltech-101" / "101_ObjectCategories" / "cup").iterdir())[:count]
+    for i, image in enumerate(images):
+        with Image.open(image) as opened:
+            opened.save(folder / f"{i}{ending}", {".gif": "GIF", ".webp": "WEBP"}.get(ending, "JPEG"))
+    return folder
+
+
+def test_every_ending_that_pillow_decodes_is_an_image_and_others_are_named(data_root, rn_file, tmp_path):
+    endings = (".jfif", ".jpe", ".gif", ".JPG", ".webp")
+    for ending in endings:
+        copies(data_root, tmp_path / "own" / ending[1:], ending=ending)
+    (tmp_path / "own" / "jpe" / "notes.txt").touch()
+    copies(data_root, tmp_path / "own" / "jpe" / "@eaDir")  # thumbnails of a NAS
+    copies(data_root, tmp_path / "own" / "@eaDir")
+    found = own(tmp_path / "own", rn_file, tmp_path / "run", "OPTIM.MAX_EPOCH", 1)
+    assert found.status == 0, found.error
+    dataset = found.trainer.dm.dataset
+    assert len(dataset.classnames) == len(endings)
+    assert sum(map(len, (dataset.train_x, dataset.val or [], dataset.test))) == 4 * len(endings)
+    assert "1 files are not images" in found.log and ".txt" in found.log and "notes.txt" in found.log
+
+
+@pytest.mark.parametrize("mark", [" ", "\t", ",", ", ", ";"])
+def test_classnames_with_a_byte_order_mark_and_other_separators(data_root, rn_file, tmp_path, mark):
+    for name in ("1", "2"):
+        copies(data_root, tmp_path / "own" / name)
+    (tmp_path / "own" / "classnames.txt").write_text(f"1{mark}a star\n2{mark}big boat\n", encoding="utf-8-sig")
+    found = own(tmp_path / "own", rn_file, tmp_path / "run", "OPTIM.MAX_EPOCH", 1)
+    assert found.status == 0 and found.trainer.classnames == ["a star", "big boat"]
+
+
+def test_split_with_a_byte_order_mark_and_backslashes(tmp_path):
+    rows = [["cup\\1.jpg", 0, "cup"]]
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps({"train": rows, "val": rows, "test": rows}), encoding="utf-8-sig")
+    assert read_split(str(path))["train"][0].path == "cup/1.jpg"
+
+
+def test_split_made_from_incomplete_data_is_reported(tmp_path, capsys):
+    tree = eurosat(tmp_path)
+    shutil.move(tree / "Forest", tmp_path / "Forest")
+    build(tmp_path, "eurosat")
+    assert "was made from other files" not in capsys.readouterr().out
+    build(tmp_path, "eurosat")
+    assert "was made from other files" not in capsys.readouterr().out
+    shutil.move(tmp_path / "Forest", tree / "Forest")
+    build(tmp_path, "eurosat")
+    assert "was made from other files" in capsys.readouterr().out
+
+
+def test_split_of_missing_images_is_not_saved(tmp_path):
+    folder = tmp_path / "dtd"
+    for name in ("blotchy", "woven"):
+        for i in range(10):
+            (folder / "images" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(folder / "images" / name / f"{i}.jpg")
+    (folder / "images" / "woven" / "0.jpg").unlink()
+    with pytest.MonkeyPatch.context() as patch:  # annotations that name an image that is not there
+        patch.setattr("datasets.base.list_images", lambda path: [f"{i}.jpg" for i in range(10)])
+        with pytest.raises(UserError, match=r"woven.0\.jpg"):
+            build(tmp_path, "dtd")
+    assert not list(folder.glob("split_zhou*.json"))
+
+
+def eurosat(root):
+    """A miniature of EuroSAT's folders, without a split file."""
+    tree = root / "eurosat" / "2750"
+    for name in ("AnnualCrop", "Forest", "Highway"):
+        for i in range(10):
+            (tree / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tree / name / f"{i}.jpg")
+    return tree
+
+
+def build(root, config):
+    """Build a data set from its config file."""
+    cfg = get_cfg_default()
+    extend_cfg(cfg)
+    cfg.merge_from_file(str(ROOT / "configs" / "datasets" / f"{config}.yaml"))
+    cfg.DATASET.ROOT, cfg.SEED = str(root), 1
+    return build_dataset(cfg)
+
+
+def test_changed_folders_of_imagenet_name_the_folder_or_the_stale_file(tmp_path):
+    tree = tmp_path / "imagenet"
+    for part, names in (("train", ("n01", "n02", "n03")), ("val", ("n01", "n03"))):
+        for name in names:
+            (tree / "images" / part / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tree / "images" / part / name / "a.JPEG")
+    (tree / "classnames.txt").write_text("n01 tench\nn02 goldfish\nn03 shark\n")
+    with pytest.raises(UserError, match="n02 is in train/ and not in val/"):
+        build(tmp_path, "imagenet")

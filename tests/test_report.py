@@ -175,7 +175,7 @@ def test_transfers_average_over_the_right_data_sets(tmp_path):
 
 
 def test_ablations(tmp_path, capsys):
-    calls = script_runs(tmp_path, "ablation", "shapes", "1")
+    calls = script_runs(tmp_path, "logo/ablation", "shapes", "1")
     folders = {call["--output-dir"].split("/ablation/")[1].split("/")[0] for call in calls}
     assert folders == {folder for _, _, folder, _ in SETTINGS}
     folders = sorted(folders - {"4c_16"})  # without initial words M is 16: it is the shipped one
@@ -422,7 +422,7 @@ def test_a_real_run_with_predictions(real_run, capsys):
     assert status == 0 and "no example predictions" not in capsys.readouterr().err
     (mean,) = [cell["mean"] for cell in cells(out).values()]
     assert mean == pytest.approx(read_results(str(real_run))["metrics"]["accuracy"])
-    captions = re.findall(r"\n(\w+)/image_\d+\.jpg: (right|wrong), (\w+)\n", text)
+    captions = re.findall(r"\n([\w ]+)/image_\d+\.jpg: (right|wrong), ([\w ]+)\n", text)
     assert sum(load.startswith("data:image/png") for load in loads) == len(captions) == 4
     assert all((verdict == "right") == (truth == predicted) for truth, verdict, predicted in captions)
 

@@ -1,4 +1,4 @@
-"""With the same seed and without workers, a run is that of the original CoOp or CoCoOp: same random stream and losses."""
+"""With the same seed and without workers, a run is that of the original CoOp or CoCoOp: random stream and losses."""
 
 import json
 

@@ -209,7 +209,8 @@ def unpack(path: str, folder: str) -> None:
                 for name in archive.namelist():
                     if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
                         raise zipfile.BadZipFile(f"{name} is outside the archive")
-                archive.extractall(folder)
+                for name in archive.namelist():
+                    archive.extract(name, folder)
         else:
             with tarfile.open(path) as archive:
                 archive.extractall(folder, filter=refuse_links)

@@ -132,7 +132,8 @@ def read_run(folder: Path) -> Optional[Run]:
     if (folder / "config.yaml").exists():
         text = (folder / "config.yaml").read_text(encoding="utf-8")
         fast = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml; it crashes on deeply nested text
-        content = yaml.load(text, Loader=fast if len(text) < 20_000 else yaml.SafeLoader)  # a config takes 3,000
+        loader = fast if len(text) < 20_000 else yaml.SafeLoader  # a config takes 3,000
+        content = yaml.load(text, Loader=loader)
         if not content or not isinstance(content, dict):
             raise ValueError("config.yaml holds no keys")
         settings = pd.json_normalize(content, sep=".").iloc[0].to_dict()

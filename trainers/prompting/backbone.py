@@ -271,7 +271,8 @@ def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
         state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
     if isinstance(state_dict, dict):
         for key, value in state_dict.items():
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+            weight = isinstance(value, torch.Tensor) and value.is_floating_point() and not key.endswith(NOT_WEIGHTS)
+            if weight and not torch.isfinite(value).all():
                 raise UserError(f"MODEL.BACKBONE.NAME {name}: {key} in {path} is not finite; get the file again")
     needed = "visual.conv1.weight token_embedding.weight positional_embedding ln_final.weight text_projection"
     missing = [key for key in needed.split() if not isinstance(state_dict, dict) or key not in state_dict]

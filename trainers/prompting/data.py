@@ -19,8 +19,10 @@ from torch.utils.data import BatchSampler, DataLoader, get_worker_info
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-# Only these formats are decoded, whatever a file is called: Pillow starts another program for some others (EPS).
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# Only these formats are decoded, as far as this Pillow can; it starts another program for some others (EPS).
+Image.init()
+FORMATS = tuple(f for f in ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP") if f in Image.OPEN)
+ENDINGS = tuple(sorted(end for end, name in Image.registered_extensions().items() if name in FORMATS))
 MAX_ASPECT = 1000  # long side / short side: the transforms resize the short side to the model's input
 MAX_PIXELS = 178_956_970  # Pillow's own limit, half a gigabyte in RGB; Pillow would warn from half of it on
 READER_VERSION = 1  # of what read_image returns; part of the key of stored features

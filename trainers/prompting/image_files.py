@@ -6,11 +6,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Optional, Union
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
+from .data import ENDINGS
 from .names import relative_path
 
-SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".apng")  # of images in a folder
 PathLike = Union[str, "os.PathLike[str]"]
 
 
@@ -59,7 +57,7 @@ def _walk(folder: str, above: frozenset, skipped: Optional[Callable[[str], None]
     for path in [] if identity in above else (os.path.join(folder, name) for name in names):
         if os.path.isdir(path):
             yield from _walk(path, above | {identity}, skipped)
-        elif path.lower().endswith(SUFFIXES):
+        elif path.lower().endswith(ENDINGS):
             yield path, ""
         elif skipped is not None:
             skipped(path)
