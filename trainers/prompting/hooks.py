@@ -69,6 +69,8 @@ class StageSchedule:
     def resume(self, epochs_done: int) -> None:
         """Restore the schedule after a number of epochs; it is a function of the epoch, so it has no state on disk."""
         begun = [(first, s) for first, s in zip(self.firsts, self.stages) if first <= epochs_done and s.epochs > 0]
+        if not begun:
+            return
         first, stage = begun[-1]
         self._start(stage)
         with warnings.catch_warnings():
