@@ -25,6 +25,7 @@ from .method import Method
 from .names import relative_path
 
 THREADS = min(8, os.cpu_count() or 1)  # decode images of which a store lacks something
+Batch = tuple[ImageBatch, torch.Tensor]  # images and their labels, (B,)
 
 
 @dataclass
@@ -38,10 +39,8 @@ class Evaluation:
     warnings: list[str] = field(default_factory=list)  # why the numbers mean little
 
 
-def evaluate(
-    method: Method, batches: Iterable[tuple[ImageBatch, torch.Tensor]], evaluator: Any, split: str, total: int
-) -> Evaluation:
-    """Score all images (with labels (B,)) by Dassl's evaluator. Raises UserError for scores that are not numbers."""
+def evaluate(method: Method, batches: Iterable[Batch], evaluator: Any, split: str, total: int) -> Evaluation:
+    """Score all images with Dassl's evaluator. Raises UserError for scores that are not numbers."""
     evaluator.reset()
     predictions: dict[str, int] = {}
     labels: set[int] = set()
@@ -96,7 +95,7 @@ class ImageSource:
     precision: str  # of the computation, part of the store's key
     _encoder_key: Optional[bytes] = None  # hashes all weights: once per run
 
-    def batches(self, loader: DataLoader, use_store: bool = True) -> Iterator[tuple[ImageBatch, torch.Tensor]]:
+    def batches(self, loader: DataLoader, use_store: bool = True) -> Iterator[Batch]:
         """All images of a loader with their labels. With a store, images are read only if it lacks something."""
         store = self._open_store(loader.dataset.transform) if use_store else None
         with nullcontext() if store is None else closing(store):
@@ -114,9 +113,7 @@ class ImageSource:
                     images = StoredBatch(self.backbone, paths, store, self._keys(batch["impath"]), pixels.__getitem__)
                 yield images, batch["label"].to(self.device)
 
-    def _stored_batches(
-        self, loader: DataLoader, store: FeatureStore
-    ) -> Generator[tuple[ImageBatch, torch.Tensor], None, list[Any]]:
+    def _stored_batches(self, loader: DataLoader, store: FeatureStore) -> Generator[Batch, None, list[Any]]:
         """The images that the store knows; returns the others."""
         items, size, unknown = loader.dataset.data_source, self.cfg.DATALOADER.TEST.BATCH_SIZE, []
         with ThreadPoolExecutor(THREADS) as pool:
@@ -133,9 +130,7 @@ class ImageSource:
         print(f"Features of {len(items) - len(unknown)} of {len(items)} images were read from {store.path}")
         return unknown
 
-    def _read(
-        self, pool: ThreadPoolExecutor, transform: Callable, paths: Sequence[str], rows: Sequence[int]
-    ) -> torch.Tensor:
+    def _read(self, pool: ThreadPoolExecutor, transform: Callable, paths: list[str], rows: list[int]) -> torch.Tensor:
         images = pool.map(lambda row: transform(read_image(paths[row])), rows)
         return torch.stack(list(images)).to(self.device)
 
