@@ -34,7 +34,9 @@ class StageSchedule:
 
     def __post_init__(self) -> None:
         ends = accumulate(stage.epochs for stage in self.stages)
-        self._spans = [(end - stage.epochs, end, stage) for stage, end in zip(self.stages, ends) if stage.epochs > 0]
+        spans = [(stage, end) for stage, end in zip(self.stages, ends) if stage.epochs > 0]
+        self._by_first_epoch = {end - stage.epochs: stage for stage, end in spans}
+        self._by_end = {end: stage for stage, end in spans}
         self.warnings = [
             f"stage {i} has {stage.epochs} epoch{'s' * (stage.epochs > 1)}, all warm-up: it hardly learns. Raise "
             "OPTIM.MAX_EPOCH or lower OPTIM.WARMUP_EPOCH"
@@ -46,16 +48,14 @@ class StageSchedule:
         """Begin the stage whose first epoch this is."""
         for warning in self.warnings if epoch == 0 else ():
             print(f"WARNING: {warning}")
-        for first, _, stage in self._spans:
-            if first == epoch:
-                self._start(stage)
-                stage.begin(self.data)
+        if stage := self._by_first_epoch.get(epoch):
+            self._start(stage)
+            stage.begin(self.data)
 
     def after_epoch(self, epoch: int) -> None:
         """End the stage whose last epoch this was."""
-        for _, end, stage in self._spans:
-            if end == epoch + 1:
-                stage.end(self.data)
+        if stage := self._by_end.get(epoch + 1):
+            stage.end(self.data)
 
     def step(self) -> None:
         """Set the learning rate of the next epoch."""
@@ -63,9 +63,9 @@ class StageSchedule:
 
     def resume(self, epochs_done: int) -> None:
         """Restore the schedule after a number of epochs; it is a function of the epoch, so it has no state on disk."""
-        begun = [(first, stage) for first, _, stage in self._spans if first <= epochs_done]
-        for first, stage in begun[-1:]:
-            self._start(stage)
+        first = max((first for first in self._by_first_epoch if first <= epochs_done), default=None)
+        if first is not None:
+            self._start(self._by_first_epoch[first])
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # these belong to no optimizer step
                 for _ in range(epochs_done - first):

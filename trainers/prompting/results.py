@@ -66,10 +66,9 @@ def replacing(path: str) -> Iterator[IO[bytes]]:
 def remove_leftovers(folder: str) -> None:
     """Remove the temporary files of a killed run; only for the process that holds the folder's lock."""
     with suppress(FileNotFoundError):
-        for name in os.listdir(folder):
-            if TEMPORARY.fullmatch(name):
-                with suppress(OSError):
-                    os.unlink(os.path.join(folder, name))
+        for name in filter(TEMPORARY.fullmatch, os.listdir(folder)):
+            with suppress(OSError):
+                os.unlink(os.path.join(folder, name))
 
 
 def read_results(folder: str) -> dict[str, Any]:
