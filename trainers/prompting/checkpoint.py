@@ -8,6 +8,8 @@ import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
@@ -30,21 +32,6 @@ IDENTITY = ("TRAINER.NAME", "MODEL.BACKBONE.NAME")  # a checkpoint has no meanin
 FREE_KEYS = ("OUTPUT_DIR", "RESUME", "VERBOSE", "USE_CUDA", "DATASET.ROOT", "DATALOADER.NUM_WORKERS", "TRAIN.", "TEST.")
 
 
-# ------------------------------------------------------------------------------------------------- files
-
-
-def write_checkpoint(path: str, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint atomically; one of an epoch becomes the newest."""
-    folder, name = os.path.split(path)
-    memory = io.BytesIO()  # torch's own writer hides the reason of an error, for example a full disk
-    torch.save(checkpoint, memory)
-    with replacing(path) as file:
-        file.write(memory.getbuffer())
-    print(f"Checkpoint saved to {path}")
-    if name != BEST:  # training resumes from the newest checkpoint, not from the best
-        write_text(os.path.join(folder, POINTER), f"{name}\n")
-
-
 def read_checkpoint(path: str) -> dict[str, Any]:
     """A checkpoint, on the CPU, without executing anything in it. Raises UserError for any other file.
 
@@ -54,9 +41,9 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     try:
         checkpoint = load_tensors(path)
         state, epoch = checkpoint["state_dict"], checkpoint["epoch"]
-        if "config" in checkpoint:  # one of ours; torch does not verify the checksums that it writes
+        if "config" in checkpoint:  # one of ours
             CfgNode.load_cfg(checkpoint["config"])
-            with zipfile.ZipFile(path) as archive:
+            with zipfile.ZipFile(path) as archive:  # torch does not verify the checksums that it writes
                 if archive.testzip() is not None:
                     raise zipfile.BadZipFile
             return checkpoint
@@ -71,10 +58,8 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 def load_checkpoint(directory: str, epoch: Optional[int] = None) -> tuple[str, dict[str, Any]]:
     """Path and content of a run's checkpoint: of the given epoch, else the best model, else the newest.
 
-    A damaged checkpoint is reported and the one before it used, unless an epoch was given.
-
-    Raises:
-        UserError: there is none, or none that can be read.
+    A damaged checkpoint is reported and the one before it used, unless an epoch was given. Raises UserError if none
+    can be read.
     """
     folder = os.path.join(directory, PROMPT_LEARNER)
     names = [f"model.pth.tar-{epoch}"] if epoch is not None else [BEST, *checkpoint_names(folder)]
@@ -82,9 +67,10 @@ def load_checkpoint(directory: str, epoch: Optional[int] = None) -> tuple[str, d
     if not names:
         wanted = "" if epoch is None else f" model.pth.tar-{epoch}"
         raise UserError(f"no checkpoint{wanted} in {folder}: see --model-dir, --load-epoch")
-    first = os.path.join(folder, names[0])
-    found = next(readable_checkpoints(folder, names), None) if epoch is None else None
-    return found or (first, read_checkpoint(first))
+    if epoch is None and (found := next(readable_checkpoints(folder, names), None)):
+        return found
+    path = os.path.join(folder, names[0])
+    return path, read_checkpoint(path)
 
 
 def readable_checkpoints(folder: str, names: Optional[list[str]] = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -98,25 +84,13 @@ def readable_checkpoints(folder: str, names: Optional[list[str]] = None) -> Iter
 
 
 def checkpoint_names(folder: str) -> list[str]:
-    """File names of the epochs' checkpoints, newest first: the one that Dassl's pointer names, and older ones.
-
-    Without a usable pointer all files count.
-    """
-    newest = ""
-    try:
-        present = {int(m[1]): m[0] for m in map(NUMBERED.fullmatch, os.listdir(folder)) if m}
-        with open(os.path.join(folder, POINTER), encoding="utf-8", errors="replace") as file:
-            newest = file.readline().strip()
-    except NotADirectoryError:
-        return []
-    except FileNotFoundError:
-        if not os.path.isdir(folder):
-            return []
-    ordered = [present[epoch] for epoch in sorted(present, reverse=True)]
-    return ordered[ordered.index(newest) :] if newest in ordered else ordered
-
-
-# ------------------------------------------------------------------------------------------------- other classes
+    """Names of the epochs' checkpoints, newest first: from the one that Dassl's pointer names, else all of them."""
+    names = filter(NUMBERED.fullmatch, os.listdir(folder) if os.path.isdir(folder) else ())
+    names = sorted(names, key=lambda name: int(name.rpartition("-")[2]), reverse=True)
+    path = os.path.join(folder, POINTER)
+    with suppress(FileNotFoundError, NotADirectoryError, ValueError), open(path, "rb") as file:
+        return names[names.index(file.readline().decode().strip()) :]
+    return names
 
 
 def remap_state_to_classes(
@@ -125,16 +99,14 @@ def remap_state_to_classes(
     """Express the state dict of a checkpoint, of the classes ``known``, in the classes that ``module`` was built for.
 
     Rows of entries that a part of the module lists in ``per_class`` go to the classes of the same name; of a name that
-    occurs twice the n-th goes to the n-th. Unknown classes have the rows that the part was initialised with, unless its
-    ``serves_unseen_classes`` is False. A part with ``remap_classes(state, rows)`` converts its own entries, given for
-    every current class its index among the known ones or -1.
-
-    Raises:
-        UserError: a class was not trained and has no default; ``path`` names the checkpoint.
+    occurs twice the n-th goes to the n-th. Unknown classes have the rows that the part was initialised with; where its
+    ``serves_unseen_classes`` is False, UserError names the checkpoint, ``path``. A part with ``remap_classes(state,
+    rows)`` converts its own entries, given for every current class its index among the known ones or -1.
     """
     rows = matching_names(classnames, known)
     index = torch.tensor(rows, dtype=torch.long)
     shared = index >= 0
+    unseen = [classname for classname, row in zip(classnames, rows) if row < 0]
     remapped = dict(state)
     for name, part in module.named_modules():
         prefix = f"{name}." if name else ""
@@ -142,7 +114,6 @@ def remap_state_to_classes(
             own = {key: state[prefix + key] for key in part.state_dict()}
             remapped.update({prefix + key: value for key, value in part.remap_classes(own, rows).items()})
         per_class = getattr(part, "per_class", ())
-        unseen = [classname for classname, row in zip(classnames, rows) if row < 0]
         if per_class and unseen and not getattr(part, "serves_unseen_classes", True):
             more = f" and {len(unseen) - 1} more of these classes" if len(unseen) > 1 else ""
             raise UserError(
@@ -157,42 +128,22 @@ def remap_state_to_classes(
     return remapped
 
 
-# ------------------------------------------------------------------------------------------------- a run
-
-
+@dataclass
 class Checkpointer:
-    """Writes, reads and resumes the checkpoints of a run: tensors and plain types only, with the class names.
+    """Writes, reads and resumes the checkpoints of a run: tensors and plain types only, with the class names."""
 
-    Args:
-        learned: the module that is saved.
-        scaler: gradient scaler, or None.
-        parts: further objects with ``state_dict`` and ``load_state_dict``, by name.
-        stage_keys: config keys that decide which epoch belongs to which stage.
-        fingerprint: of the backbone's weights.
-
-    Attributes:
-        warnings: settings that differ between a loaded model's run and this one.
-    """
-
-    def __init__(
-        self,
-        cfg: CfgNode,
-        classnames: Sequence[str],
-        learned: nn.Module,
-        optim: torch.optim.Optimizer,
-        scaler: Any,
-        parts: Mapping[str, Any],
-        stage_keys: Sequence[str],
-        fingerprint: str,
-    ) -> None:
-        self.cfg, self.classnames, self.learned, self.optim, self.scaler = cfg, list(classnames), learned, optim, scaler
-        self.parts, self.stage_keys, self.fingerprint = parts, stage_keys, fingerprint
-        self.warnings: list[str] = []
-        self._best: Optional[dict[str, Any]] = None  # state of the best epoch, so that every checkpoint restores it
-        self.last_checkpoint: tuple[str, int] = ("", 0)  # path and epoch
-        self._last_epoch_state: Optional[dict[str, Any]] = None  # of the last epoch, if no checkpoint holds it
-
-    # Writing
+    cfg: CfgNode
+    classnames: list[str]
+    learned: nn.Module  # what is saved
+    optim: torch.optim.Optimizer
+    scaler: Any  # gradient scaler, or None
+    parts: Mapping[str, Any]  # further objects with state_dict and load_state_dict, by name
+    stage_keys: Sequence[str]  # config keys that decide which epoch belongs to which stage
+    fingerprint: str  # of the backbone's weights
+    warnings: list[str] = field(default_factory=list)  # settings that differ between a loaded model's run and this one
+    last_checkpoint: tuple[str, int] = ("", 0)  # path and epoch
+    _best: Optional[dict[str, Any]] = None  # state of the best epoch, so that every checkpoint restores it
+    _last_epoch_state: Optional[dict[str, Any]] = None  # of the last epoch, if no checkpoint holds it
 
     def save(self, epoch: int, directory: str, name: str, val_result: Any, best_result: float) -> None:
         """Write ``prompt_learner/<name>`` (default: model.pth.tar-<epoch>) after an epoch, counted from 0."""
@@ -220,10 +171,8 @@ class Checkpointer:
 
     def after_epoch(self, epoch: int, best_result: float) -> None:
         """Hold the state of an epoch that has no checkpoint, for :meth:`write_last_epoch`."""
-        if self.last_checkpoint[1] == epoch + 1:
-            self._last_epoch_state = None
-        else:
-            self._last_epoch_state = copy.deepcopy(self.state(epoch, None, best_result))
+        saved = self.last_checkpoint[1] == epoch + 1
+        self._last_epoch_state = None if saved else copy.deepcopy(self.state(epoch, None, best_result))
 
     def write_last_epoch(self) -> str:
         """Write the checkpoint of the last complete epoch unless it exists. Returns where it is, in words."""
@@ -234,27 +183,25 @@ class Checkpointer:
         return f"the last good checkpoint is {path}, after epoch {epoch}" if path else "no epoch was finished before"
 
     def _write(self, state: dict[str, Any], directory: str, name: str = "") -> None:
-        path = os.path.join(directory, PROMPT_LEARNER, name or f"model.pth.tar-{state['epoch']}")
-        write_checkpoint(path, state)
+        """Write a checkpoint atomically; one of an epoch becomes the newest, from which training resumes."""
+        folder, name = os.path.join(directory, PROMPT_LEARNER), name or f"model.pth.tar-{state['epoch']}"
+        path, memory = os.path.join(folder, name), io.BytesIO()
+        torch.save(state, memory)  # torch's own writer hides the reason of an error, for example a full disk
+        with replacing(path) as file:
+            file.write(memory.getbuffer())
+        print(f"Checkpoint saved to {path}")
         if name != BEST:
+            write_text(os.path.join(folder, POINTER), f"{name}\n")
             self.last_checkpoint = path, state["epoch"]
 
-    # Reading
-
     def load(self, directory: str, epoch: Optional[int] = None) -> int:
-        """Load what was learned, see :func:`load_checkpoint`. Returns the epoch, counted from 1. Raises UserError."""
-        path, checkpoint = load_checkpoint(directory, epoch)
-        self._compare_settings(checkpoint, path)
-        self._load_learned(checkpoint, path)
-        print(f'Loading weights to {PROMPT_LEARNER} from "{path}" (epoch = {checkpoint["epoch"]})')
-        return int(checkpoint["epoch"])
+        """Load what was learned, see :func:`load_checkpoint`. Returns the epoch, counted from 1.
 
-    def _compare_settings(self, checkpoint: dict[str, Any], path: str) -> None:
-        """Refuse another method or backbone than the run's; warn of other settings that change predictions."""
-        self._check_backbone(checkpoint, path)
-        if "config" not in checkpoint:
-            return
-        before, now = (flat_config(CfgNode.load_cfg(text)) for text in (checkpoint["config"], self.cfg.dump()))
+        Raises UserError for another method, backbone or classes than the run's; warns of other settings that change
+        predictions.
+        """
+        path, checkpoint = load_checkpoint(directory, epoch)
+        before, now = self._settings(checkpoint, path)
         name = self.cfg.TRAINER.NAME
         if before["TRAINER.NAME"] != name:
             raise UserError(
@@ -265,11 +212,20 @@ class Checkpointer:
             if key.startswith(compared) and before[key] != now[key]:
                 self.warnings.append(f"the model was trained with {key} {before[key]}, now it is {now[key]}")
                 print(f"WARNING: {path}: {self.warnings[-1]}")
+        self._load_learned(checkpoint, path)
+        print(f'Loading weights to {PROMPT_LEARNER} from "{path}" (epoch = {checkpoint["epoch"]})')
+        return int(checkpoint["epoch"])
 
-    def _check_backbone(self, checkpoint: dict[str, Any], path: str) -> None:
+    def _settings(self, checkpoint: dict[str, Any], path: str) -> list[dict[str, Any]]:
+        """All config keys of a checkpoint's run (of the original CoOp's: the current ones), and the current ones.
+
+        Raises UserError for other weights of the backbone.
+        """
         if checkpoint.get("backbone", self.fingerprint) != self.fingerprint:
             name = self.cfg.MODEL.BACKBONE.NAME
             raise UserError(f"{path} was trained with other CLIP weights than {name}: give the run's --backbone")
+        now = self.cfg.dump()
+        return [flat_config(CfgNode.load_cfg(text)) for text in (checkpoint.get("config", now), now)]
 
     def resume(self, directory: str) -> Optional[dict[str, Any]]:
         """Restore the newest readable checkpoint of a run folder, and return it; None: training starts from scratch.
@@ -277,21 +233,20 @@ class Checkpointer:
         A run that ``RESUME`` started from another folder resumes from its own as soon as that has a checkpoint.
         """
         home = self.cfg.OUTPUT_DIR
-        if self.cfg.RESUME and os.path.realpath(directory) != os.path.realpath(home):
+        here = os.path.realpath(directory) == os.path.realpath(home)
+        if not here:
             own = next(readable_checkpoints(os.path.join(home, PROMPT_LEARNER)), None)
             if own and "config" in own[1] and CfgNode.load_cfg(own[1]["config"]).RESUME == self.cfg.RESUME:
-                directory = home
-        here = os.path.realpath(directory) == os.path.realpath(home)
+                directory, here = home, True
         folder = os.path.join(directory, PROMPT_LEARNER)
         found = next(readable_checkpoints(folder), None)
         if found is None:
-            if self.cfg.RESUME and not here:
+            if not here:
                 raise UserError(f"no checkpoint that can be read in {folder}: see --resume")
             damaged = " that can be read" if checkpoint_names(folder) else ""
             print(f"No checkpoint found{damaged}, train from scratch")
             return None
         path, checkpoint = found
-        self._check_backbone(checkpoint, path)
         same = self._check_same_run(checkpoint, path, every_key=here)
         self._load_learned(checkpoint, path)
         if checkpoint.get("optimizer"):
@@ -300,7 +255,7 @@ class Checkpointer:
             self.scaler.load_state_dict(checkpoint["scaler"])
         if here and checkpoint.get("best"):
             self._best = checkpoint["best"]
-            write_checkpoint(os.path.join(folder, BEST), self._best)
+            self._write(self._best, directory, BEST)
         elif not here:
             checkpoint = {**checkpoint, "best_result": None}
         states = checkpoint.get("parts") or {"collapse": checkpoint.get("watch")}  # "watch": of an earlier version
@@ -316,14 +271,12 @@ class Checkpointer:
     def _check_same_run(self, checkpoint: dict[str, Any], path: str, every_key: bool) -> bool:
         """Refuse to resume with another method, other weights or classes; in a run's own folder with any other setting.
 
-        Returns whether all settings are the same. Raises UserError.
+        Returns whether all settings are the same.
         """
+        before, now = self._settings(checkpoint, path)
         remedy = "choose another --output-dir or delete that folder"
         if checkpoint.get("classnames", self.classnames) != self.classnames:
             raise UserError(f"{path} was trained on other classes: {remedy}")
-        if "config" not in checkpoint:
-            return False
-        before, now = (flat_config(CfgNode.load_cfg(text)) for text in (checkpoint["config"], self.cfg.dump()))
         keys = [*IDENTITY, *(key for key in sorted(before.keys() | now.keys()) if not key.startswith(FREE_KEYS))]
         for key in keys if every_key else (*IDENTITY, *self.stage_keys):
             if before.get(key) != now.get(key):

@@ -61,7 +61,6 @@ def only(value: Any, reason: str) -> Rule:
     return Rule(f"must be {value}: {reason}", lambda given: given == value)
 
 
-FILE_OR_EMPTY = Rule("no such file", lambda value: not value or os.path.isfile(os.path.expanduser(value)))
 NOT_A_FOLDER = Rule("is a folder, must be a file", lambda value: not os.path.isdir(os.path.expanduser(value)))
 WORDS_OR_EMPTY = Rule(
     f"must hold 1 to {MAX_CONTEXT} words, or be empty for a random context",
@@ -87,7 +86,11 @@ SHARED_KEYS = {
 
 # Dassl's own keys: yacs checks the types, torch and Dassl most values. These would make results wrong without a word.
 DASSL_RULES = {
-    "SEED": at_least(-1),
+    **dict.fromkeys(("SEED", "DATASET.NUM_SHOTS", "OPTIM.WARMUP_EPOCH", "TRAIN.CHECKPOINT_FREQ"), at_least(-1)),
+    **dict.fromkeys(("DATALOADER.NUM_WORKERS", "OPTIM.LR", "OPTIM.WEIGHT_DECAY"), at_least(0)),
+    **dict.fromkeys(("OPTIM.WARMUP_CONS_LR", "OPTIM.WARMUP_MIN_LR"), at_least(0)),
+    **dict.fromkeys(("OPTIM.MAX_EPOCH", "TRAIN.PRINT_FREQ"), at_least(1)),
+    **dict.fromkeys(("DATALOADER.TRAIN_X.BATCH_SIZE", "DATALOADER.TEST.BATCH_SIZE"), at_least(1)),
     "INPUT.SIZE": Rule(
         "must be height and width, whole numbers of pixels",
         lambda size: len(size) == 2 and all(type(n) is int and n >= 1 for n in size),
@@ -101,24 +104,12 @@ DASSL_RULES = {
         "must be the smallest and largest share of the area, above 0 and up to 1",
         lambda scale: len(scale) == 2 and all(map(is_number, scale)) and 0 < scale[0] <= scale[1] <= 1,
     ),
-    "DATASET.NUM_SHOTS": at_least(-1),
     "DATASET.SUBSAMPLE_CLASSES": one_of(("all", "base", "new")),
-    "DATALOADER.NUM_WORKERS": at_least(0),
     "DATALOADER.K_TRANSFORMS": only(1, "a network takes one view of an image"),
-    "DATALOADER.TRAIN_X.BATCH_SIZE": at_least(1),
-    "DATALOADER.TEST.BATCH_SIZE": at_least(1),
     "DATALOADER.TEST.SAMPLER": one_of(("SequentialSampler", "RandomSampler")),  # others leave images out
-    "MODEL.INIT_WEIGHTS": FILE_OR_EMPTY,
-    "OPTIM.LR": at_least(0),
-    "OPTIM.WEIGHT_DECAY": at_least(0),
+    "MODEL.INIT_WEIGHTS": Rule("no such file", lambda path: not path or os.path.isfile(os.path.expanduser(path))),
     "OPTIM.STAGED_LR": only(False, "prompts have no layers to tell apart"),
     "OPTIM.GAMMA": above(0),
-    "OPTIM.MAX_EPOCH": at_least(1),
-    "OPTIM.WARMUP_EPOCH": at_least(-1),
-    "OPTIM.WARMUP_CONS_LR": at_least(0),
-    "OPTIM.WARMUP_MIN_LR": at_least(0),
-    "TRAIN.CHECKPOINT_FREQ": at_least(-1),
-    "TRAIN.PRINT_FREQ": at_least(1),
     "TEST.SPLIT": one_of(("test", "val")),
     "TEST.FINAL_MODEL": one_of(("last_step", "best_val")),
 }
@@ -140,21 +131,15 @@ def rules_of(keys: Mapping[str, Key]) -> dict[str, Rule]:
 
 def violation(key: str, value: Any, requirement: str) -> str:
     """One line about a value that is not allowed."""
-    if isinstance(value, float):
-        shown = f"{value:g}"
-    elif isinstance(value, (list, tuple)):
+    shown = f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, (list, tuple)):
         shown = reprlib.repr(tuple(value))
-    else:
-        shown = str(value) if str(value).strip() else f'"{value}"'
+    shown = shown if shown.strip() else f'"{shown}"'
     return f"{key} {printable(shown[:200])}: {requirement}"
 
 
 def violations(rules: Mapping[str, Rule], cfg: CfgNode, prefix: str = "") -> Iterator[str]:
-    """A line for every value that breaks its rule. Keys that the config does not have are skipped.
-
-    Args:
-        prefix: comes before the keys of ``rules``, for example ``TRAINER.COOP.``.
-    """
+    """A line for every value that breaks its rule; ``prefix`` comes before the keys, which the config may lack."""
     values = flat_config(cfg)
     for key, rule in rules.items():
         if prefix + key in values and not rule.holds(values[prefix + key]):

@@ -36,24 +36,18 @@ def patch_dassl_warmup() -> None:
     warmup.__init__ = init
 
 
-def build_optimizer(
-    module: nn.Module, optim_cfg: CfgNode, own_rates: Mapping[nn.Parameter, float]
-) -> torch.optim.Optimizer:
-    """Dassl's optimizer of a module.
+def build_optimizer(module: nn.Module, cfg: CfgNode, rates: Mapping[nn.Parameter, float]) -> torch.optim.Optimizer:
+    """Dassl's optimizer for ``cfg.OPTIM``. Parameters in ``rates`` learn at their own rate, without weight decay.
 
-    Args:
-        own_rates: parameters with their own learning rates, which the schedule scales; they get no weight decay.
-
-    Raises:
-        UserError: there are such parameters, and this Dassl (0.5) has no parameter groups.
+    The schedule scales these rates too. Raises UserError where this Dassl (0.5) has no parameter groups for them.
     """
-    if not own_rates:
-        return dassl_build_optimizer(module, optim_cfg)
+    if not rates:
+        return dassl_build_optimizer(module, cfg)
     if len(inspect.signature(dassl_build_optimizer).parameters) < 3:
         raise UserError("parameters with their own learning rates need Dassl.pytorch 0.6.3 or newer: update Dassl")
-    own = [{"params": [p], "lr": lr, "own_lr": lr, "weight_decay": 0} for p, lr in own_rates.items()]
-    others = {"params": [p for p in module.parameters() if all(p is not q for q in own_rates)]}
-    return dassl_build_optimizer(module, optim_cfg, [others, *own])
+    own = [{"params": [p], "lr": lr, "own_lr": lr, "weight_decay": 0} for p, lr in rates.items()]
+    others = {"params": [p for p in module.parameters() if all(p is not q for q in rates)]}
+    return dassl_build_optimizer(module, cfg, [others, *own])
 
 
 def grad_scaler() -> Any:
@@ -63,19 +57,18 @@ def grad_scaler() -> Any:
 
 def dassl_errors(cfg: CfgNode) -> Iterator[str]:
     """A line for every value that this Dassl or torch refuses when transforms, optimizer and schedule are built."""
-    if cfg.TEST.EVALUATOR not in EVALUATOR_REGISTRY.registered_names():
-        known = ", ".join(EVALUATOR_REGISTRY.registered_names())
-        yield violation("TEST.EVALUATOR", cfg.TEST.EVALUATOR, f"no such evaluator; choose one of {known}")
+    known = EVALUATOR_REGISTRY.registered_names()
+    if cfg.TEST.EVALUATOR not in known:
+        yield violation("TEST.EVALUATOR", cfg.TEST.EVALUATOR, f"no such evaluator; choose one of {', '.join(known)}")
     patch_dassl_warmup()
     # Nothing here may draw from the global random state (PReLU does not): the run must be the same as CoOp's.
-    attempts = (
-        ("INPUT.TRANSFORMS", lambda: [build_transform(cfg, is_train) for is_train in (True, False)]),
-        ("OPTIM.NAME", lambda: build_lr_scheduler(dassl_build_optimizer(nn.PReLU(), cfg.OPTIM), cfg.OPTIM)),
-    )
-    for key, attempt in attempts:
+    attempts = {
+        "INPUT.TRANSFORMS": lambda: [build_transform(cfg, is_train) for is_train in (True, False)],
+        "OPTIM.NAME": lambda: build_lr_scheduler(dassl_build_optimizer(nn.PReLU(), cfg.OPTIM), cfg.OPTIM),
+    }
+    for key, attempt in attempts.items():
         try:
             with redirect_stdout(io.StringIO()):
                 attempt()
         except (ValueError, TypeError, AssertionError, KeyError, ZeroDivisionError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            yield violation(key, flat_config(cfg)[key], reason)
+            yield violation(key, flat_config(cfg)[key], " ".join(str(error).split()) or type(error).__name__)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -24,6 +25,7 @@ from .method import Method
 from .names import relative_path
 
 THREADS = min(8, os.cpu_count() or 1)  # decode images of which a store lacks something
+Batch = tuple[ImageBatch, torch.Tensor]  # images and their labels, (B,)
 
 
 @dataclass
@@ -37,14 +39,8 @@ class Evaluation:
     warnings: list[str] = field(default_factory=list)  # why the numbers mean little
 
 
-def evaluate(
-    method: Method, batches: Iterable[tuple[ImageBatch, torch.Tensor]], evaluator: Any, split: str, total: int
-) -> Evaluation:
-    """Score all images (and their (B,) labels) with Dassl's evaluator; text features are computed once.
-
-    Raises:
-        UserError: scores that are not numbers; the line names an image.
-    """
+def evaluate(method: Method, batches: Iterable[Batch], evaluator: Any, split: str, total: int) -> Evaluation:
+    """Score all images with Dassl's evaluator. Raises UserError for scores that are not numbers."""
     evaluator.reset()
     predictions: dict[str, int] = {}
     labels: set[int] = set()
@@ -66,18 +62,19 @@ def evaluate(
                 correct_alone += int((alone == label).sum())
             bar.update(len(images))
     metrics = {key: float(value) for key, value in evaluator.evaluate().items()}
-    extra = {}
+    evaluation = Evaluation(split, metrics, predictions=predictions)
     if compared:
-        extra["changed_by_selection"] = 100 * changed / compared
-        extra["accuracy_without_selection"] = 100 * correct_alone / compared
-    warnings = []
+        evaluation.extra_metrics["changed_by_selection"] = 100 * changed / compared
+        evaluation.extra_metrics["accuracy_without_selection"] = 100 * correct_alone / compared
+    warning = ""
     if num_classes == 1:
-        warnings.append("there is one class to choose from, so every prediction is correct")
+        warning = "there is one class to choose from, so every prediction is correct"
     elif len(labels) > 1 and len(set(predictions.values())) == 1:
-        warnings.append("every image is predicted to be of the same class: nothing was learned, or training collapsed")
-    for warning in warnings:
+        warning = "every image is predicted to be of the same class: nothing was learned, or training collapsed"
+    if warning:
         print(f"WARNING: {warning}")
-    return Evaluation(split, metrics, extra, predictions, warnings)
+        evaluation.warnings.append(warning)
+    return evaluation
 
 
 def check_scores(scores: torch.Tensor, paths: Sequence[str], what: str = "scores") -> None:
@@ -88,75 +85,68 @@ def check_scores(scores: torch.Tensor, paths: Sequence[str], what: str = "scores
         raise UserError(f"{path}: its {what} are not numbers; check the weights (MODEL.BACKBONE.NAME, --model-dir)")
 
 
+@dataclass
 class ImageSource:
-    """Turns Dassl's loaders into batches for a method, through the feature store of ``TEST.FEATURES`` if there is one.
+    """Turns Dassl's loaders into batches for a method, through the feature store of ``TEST.FEATURES`` if it is set."""
 
-    The precision of the computation is part of the store's key.
-    """
+    cfg: CfgNode
+    backbone: Backbone
+    device: torch.device
+    precision: str  # of the computation, part of the store's key
+    _encoder_key: Optional[bytes] = None  # hashes all weights: once per run
 
-    def __init__(self, cfg: CfgNode, backbone: Backbone, device: torch.device, precision: str) -> None:
-        self.cfg, self.backbone, self.device, self.precision = cfg, backbone, device, precision
-        self._encoder_key: Optional[bytes] = None  # hashes all weights: once per run
-
-    def batches(self, loader: DataLoader, use_store: bool = True) -> Iterator[tuple[ImageBatch, torch.Tensor]]:
+    def batches(self, loader: DataLoader, use_store: bool = True) -> Iterator[Batch]:
         """All images of a loader with their labels. With a store, images are read only if it lacks something."""
         store = self._open_store(loader.dataset.transform) if use_store else None
-        if store is None:
+        with nullcontext() if store is None else closing(store):
+            if store is not None:
+                unknown = yield from self._stored_batches(loader, store)
+                if not unknown:  # draw what that loader would draw: training must not depend on the store
+                    torch.empty((), dtype=torch.int64).random_()
+                    return
+                loader = ordered_loader(self.cfg, unknown, loader.dataset.transform)
             for batch in loader:
-                pixels = batch["img"].to(self.device, non_blocking=True)
-                yield ImageBatch(self.backbone, pixels, self._paths(batch["impath"])), batch["label"].to(self.device)
-            return
-        with closing(store):
-            yield from self._stored_batches(loader, store)
+                pixels, paths = batch["img"].to(self.device, non_blocking=True), self._relative(batch["impath"])
+                if store is None:
+                    images = ImageBatch(self.backbone, pixels, paths)
+                else:
+                    images = StoredBatch(self.backbone, paths, store, self._keys(batch["impath"]), pixels.__getitem__)
+                yield images, batch["label"].to(self.device)
 
-    def _stored_batches(self, loader: DataLoader, store: FeatureStore) -> Iterator[tuple[ImageBatch, torch.Tensor]]:
-        items, transform = loader.dataset.data_source, loader.dataset.transform
-        size, unknown = self.cfg.DATALOADER.TEST.BATCH_SIZE, []
+    def _stored_batches(self, loader: DataLoader, store: FeatureStore) -> Generator[Batch, None, list[Any]]:
+        """The images that the store knows; returns the others."""
+        items, size, unknown = loader.dataset.data_source, self.cfg.DATALOADER.TEST.BATCH_SIZE, []
         with ThreadPoolExecutor(THREADS) as pool:
             for chunk in (items[i : i + size] for i in range(0, len(items), size)):
                 keys = self._keys([item.impath for item in chunk])
-                known = [feature is not None for feature in store.get(keys)]
-                unknown += [item for item, there in zip(chunk, known) if not there]
-                chunk = [item for item, there in zip(chunk, known) if there]
-                if chunk:
-                    keys = [key for key, there in zip(keys, known) if there]
-                    read = self._reader([item.impath for item in chunk], transform, pool)
-                    paths = self._paths([item.impath for item in chunk])
-                    label = torch.tensor([item.label for item in chunk], device=self.device)
-                    yield StoredBatch(self.backbone, paths, store, keys, read), label
+                rows = list(zip(chunk, keys, store.get(keys)))
+                unknown += [item for item, _, feature in rows if feature is None]
+                if known := [(item, key) for item, key, feature in rows if feature is not None]:
+                    paths = [item.impath for item, _ in known]
+                    keys = [key for _, key in known]
+                    label = torch.tensor([item.label for item, _ in known], device=self.device)
+                    read = partial(self._read, pool, loader.dataset.transform, paths)
+                    yield StoredBatch(self.backbone, self._relative(paths), store, keys, read), label
         print(f"Features of {len(items) - len(unknown)} of {len(items)} images were read from {store.path}")
-        if not unknown:  # draw what that loader would draw: training must not depend on the store
-            torch.empty((), dtype=torch.int64).random_()
-            return
-        for batch in ordered_loader(self.cfg, unknown, transform):
-            pixels = batch["img"].to(self.device, non_blocking=True)
-            paths, keys = self._paths(batch["impath"]), self._keys(batch["impath"])
-            images = StoredBatch(self.backbone, paths, store, keys, pixels.__getitem__)
-            yield images, batch["label"].to(self.device)
+        return unknown
 
-    def _reader(
-        self, paths: Sequence[str], transform: Callable[[Any], torch.Tensor], pool: ThreadPoolExecutor
-    ) -> Callable[[Sequence[int]], torch.Tensor]:
-        def read(rows: Sequence[int]) -> torch.Tensor:
-            images = pool.map(lambda row: transform(read_image(paths[row])), rows)
-            return torch.stack(list(images)).to(self.device)
+    def _read(self, pool: ThreadPoolExecutor, transform: Callable, paths: list[str], rows: list[int]) -> torch.Tensor:
+        images = pool.map(lambda row: transform(read_image(paths[row])), rows)
+        return torch.stack(list(images)).to(self.device)
 
-        return read
-
-    def _paths(self, paths: Sequence[str]) -> list[str]:
+    def _relative(self, paths: Sequence[str]) -> list[str]:
         return [relative_path(path, self.cfg.DATASET.ROOT) for path in paths]
 
     def _keys(self, paths: Sequence[str]) -> list[bytes]:
-        return [image_key(*pair) for pair in zip(paths, self._paths(paths))]
+        return [image_key(*pair) for pair in zip(paths, self._relative(paths))]
 
     def _open_store(self, transform: Any) -> Optional[FeatureStore]:
         """The store of ``TEST.FEATURES`` for this encoder and preprocessing; None without one."""
         path = self.cfg.TEST.get("FEATURES", "")
         if not path:
             return None
-        backbone, kind = self.backbone, self.device.type
-        if kind == "cuda":
-            kind = torch.cuda.get_device_name(self.device)
+        backbone = self.backbone
+        kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         if self._encoder_key is None:  # test and validation images have the same transform
             self._encoder_key = encoder_key(backbone.visual, transform, f"{self.precision} {READER_VERSION}", kind)
         name = f"{backbone.name}, {backbone.input_resolution} pixels, {self.precision}, {kind}"
@@ -170,34 +160,32 @@ class ImageSource:
             return None
 
 
+@dataclass
 class FewShotFeatures:
-    """Features of a data set's training and validation images (:class:`~.method.TrainingData`).
+    """Features of a data set's training and validation images (:class:`~.method.TrainingData`)."""
 
-    ``loader`` turns images into a loader without augmentation, ``encode`` pixels (B, 3, H, H) into features (B, E).
-    """
-
-    def __init__(
-        self, dataset: Any, name: str, loader: Callable[[Sequence[Any]], Iterable[dict[str, Any]]], encode: Callable
-    ) -> None:
-        self._dataset, self._name, self._loader, self._encode = dataset, name, loader, encode
+    dataset: Any
+    name: str
+    loader: Callable[[Sequence[Any]], Iterable[dict[str, Any]]]  # of images, without augmentation
+    encode: Callable[[torch.Tensor], torch.Tensor]  # (B, 3, H, H) pixels -> (B, E) features
 
     def train_features(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._features(self._dataset.train_x)
+        return self._features(self.dataset.train_x)
 
     def val_features(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._features(self._dataset.val)
+        return self._features(self.dataset.val)
 
     def check_validation(self, setting: str, remedy: str) -> None:
         """Raise UserError unless there are validation images that are not test images (CoOp's ImageNet has none)."""
-        test = {item.impath for item in self._dataset.test}
-        if not self._dataset.val or any(item.impath in test for item in self._dataset.val):
-            raise UserError(f"{setting}: {self._name} has no validation images of its own; {remedy} instead")
+        test = {item.impath for item in self.dataset.test}
+        if not self.dataset.val or any(item.impath in test for item in self.dataset.val):
+            raise UserError(f"{setting}: {self.name} has no validation images of its own; {remedy} instead")
 
     @torch.no_grad()
     def _features(self, items: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         features, labels = [], []
-        for batch in tqdm(self._loader(items), desc="features", disable=None, leave=False):
-            features.append(self._encode(batch["img"]).float())
+        for batch in tqdm(self.loader(items), desc="features", disable=None, leave=False):
+            features.append(self.encode(batch["img"]).float())
             labels.append(batch["label"])
             check_scores(features[-1], batch["impath"], "features")
         features = torch.cat(features)

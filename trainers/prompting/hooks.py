@@ -6,6 +6,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,48 +21,41 @@ MIN_SCALE = 2.0**-16  # of the loss in mixed precision: gradients that still ove
 MAX_PATHS_SHOWN = 3
 
 
+@dataclass
 class StageSchedule:
-    """Gives every stage of training its own learning-rate schedule. Dassl steps it like a scheduler.
+    """Gives every stage of training its own learning-rate schedule. Dassl steps it like a scheduler."""
 
-    Args:
-        optim_cfg: ``cfg.OPTIM``; a stage overrides its epochs and learning rate.
-        build: (optimizer, optim_cfg) -> torch scheduler.
-        data: handed to the stages.
-    """
+    stages: Sequence[Stage]
+    optim: torch.optim.Optimizer
+    optim_cfg: CfgNode  # a stage overrides its epochs and learning rate
+    build: Callable[[torch.optim.Optimizer, CfgNode], Any]  # makes a torch scheduler
+    data: TrainingData  # handed to the stages
+    scheduler: Any = None  # of the current stage
 
-    def __init__(
-        self,
-        stages: Sequence[Stage],
-        optim: torch.optim.Optimizer,
-        optim_cfg: CfgNode,
-        build: Callable[[torch.optim.Optimizer, CfgNode], Any],
-        data: TrainingData,
-    ) -> None:
-        self.stages, self.optim, self.optim_cfg, self.build, self.data = stages, optim, optim_cfg, build, data
-        self.firsts = [sum(stage.epochs for stage in stages[:i]) for i in range(len(stages))]
-        self.scheduler: Any = None
+    def __post_init__(self) -> None:
+        ends = accumulate(stage.epochs for stage in self.stages)
+        spans = [(stage, end) for stage, end in zip(self.stages, ends) if stage.epochs > 0]
+        self._by_first_epoch = {end - stage.epochs: stage for stage, end in spans}
+        self._by_end = {end: stage for stage, end in spans}
         self.warnings = [
             f"stage {i} has {stage.epochs} epoch{'s' * (stage.epochs > 1)}, all warm-up: it hardly learns. Raise "
             "OPTIM.MAX_EPOCH or lower OPTIM.WARMUP_EPOCH"
-            for i, stage in enumerate(stages, start=1)
-            if 0 < stage.epochs <= optim_cfg.WARMUP_EPOCH
+            for i, stage in enumerate(self.stages, start=1)
+            if 0 < stage.epochs <= self.optim_cfg.WARMUP_EPOCH
         ]
 
     def before_epoch(self, epoch: int) -> None:
         """Begin the stage whose first epoch this is."""
-        if epoch == 0:
-            for warning in self.warnings:
-                print(f"WARNING: {warning}")
-        for first, stage in zip(self.firsts, self.stages):
-            if first == epoch and stage.epochs > 0:
-                self._start(stage)
-                stage.begin(self.data)
+        for warning in self.warnings if epoch == 0 else ():
+            print(f"WARNING: {warning}")
+        if stage := self._by_first_epoch.get(epoch):
+            self._start(stage)
+            stage.begin(self.data)
 
     def after_epoch(self, epoch: int) -> None:
         """End the stage whose last epoch this was."""
-        for first, stage in zip(self.firsts, self.stages):
-            if stage.epochs > 0 and first + stage.epochs == epoch + 1:
-                stage.end(self.data)
+        if stage := self._by_end.get(epoch + 1):
+            stage.end(self.data)
 
     def step(self) -> None:
         """Set the learning rate of the next epoch."""
@@ -68,31 +63,26 @@ class StageSchedule:
 
     def resume(self, epochs_done: int) -> None:
         """Restore the schedule after a number of epochs; it is a function of the epoch, so it has no state on disk."""
-        begun = [(first, s) for first, s in zip(self.firsts, self.stages) if first <= epochs_done and s.epochs > 0]
-        first, stage = begun[-1]
-        self._start(stage)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # these belong to no optimizer step
-            for _ in range(epochs_done - first):
-                self.scheduler.step()
+        first = max((first for first in self._by_first_epoch if first <= epochs_done), default=None)
+        if first is not None:
+            self._start(self._by_first_epoch[first])
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # these belong to no optimizer step
+                for _ in range(epochs_done - first):
+                    self.scheduler.step()
 
     def _start(self, stage: Stage) -> None:
-        cfg = self.optim_cfg.clone()
-        cfg.defrost()
-        cfg.MAX_EPOCH, cfg.LR = stage.epochs, stage.lr
         for group in self.optim.param_groups:
-            group["lr"] = group["initial_lr"] = group.get("own_lr", cfg.LR)
+            group["lr"] = group["initial_lr"] = group.get("own_lr", stage.lr)
+        cfg = CfgNode({**self.optim_cfg, "MAX_EPOCH": stage.epochs, "LR": stage.lr})
         self.scheduler = self.build(self.optim, cfg)
 
 
 class FiniteGuard:
-    """Ends training with epoch, batch and images named when a number is not finite.
+    """Raises FloatingPointError that names epoch, batch and images when a number is not finite."""
 
-    Every check raises FloatingPointError.
-    """
-
-    def __init__(self) -> None:
-        self._position, self._paths = "", ()
+    _position: str = ""
+    _paths: Sequence[str] = ()
 
     def before_step(self, position: str, paths: Sequence[str]) -> None:
         """Note epoch and batch, in words, and the images of the batch."""
@@ -118,24 +108,21 @@ class FiniteGuard:
                 raise FloatingPointError(f"{position}: {name} is no longer finite")
 
     def _fail(self, fault: str) -> None:
-        paths = list(self._paths)
-        more = f" and {len(paths) - MAX_PATHS_SHOWN} more" if len(paths) > MAX_PATHS_SHOWN else ""
-        images = f"{', '.join(paths[:MAX_PATHS_SHOWN])}{more}"
+        more = f" and {len(self._paths) - MAX_PATHS_SHOWN} more" if len(self._paths) > MAX_PATHS_SHOWN else ""
+        images = f"{', '.join(self._paths[:MAX_PATHS_SHOWN])}{more}"
         raise FloatingPointError(f"{self._position}: {fault}; images of the batch: {images}")
 
 
 class CollapseMonitor:
-    """Warns when training drives the predictions to chance.
+    """Warns when training drives the predictions to chance, as the min-max loss can with a weak backbone.
 
-    With a weak backbone the min-max loss can fall by predicting the same for every class. An epoch collapses when its
-    accuracy on training images (without selection) has lost more than half of the best epoch's gain over chance; the
-    first epoch, of warm-up, shows what the prompts could do before training.
+    An epoch collapses when its accuracy on training images (without selection) has lost more than half of the best
+    epoch's gain over chance; the first epoch, of warm-up, shows what the prompts could do before training.
     """
 
     def __init__(self, num_classes: int) -> None:
         self.chance = 100.0 / max(num_classes, 1)
-        self.best = 0.0
-        self.collapsed = False
+        self.best, self.collapsed = 0.0, False
         self._sum, self._count = 0.0, 0
 
     def after_step(self, accuracy: float, n: int) -> None:
@@ -167,8 +154,7 @@ class CollapseMonitor:
 class EpochTimer:
     """Measures how much of an epoch is spent waiting for images."""
 
-    def __init__(self) -> None:
-        self._start = self._busy = 0.0
+    _start = _busy = 0.0
 
     def before_epoch(self) -> None:
         self._start, self._busy = time.perf_counter(), 0.0
@@ -182,5 +168,4 @@ class EpochTimer:
 
     def after_epoch(self, position: str) -> None:
         passed = time.perf_counter() - self._start
-        waiting = 100 * (1 - self._busy / passed)
-        print(f"{position} took {passed:.1f} s, {waiting:.0f} % of it waiting for images")
+        print(f"{position} took {passed:.1f} s, {100 * (1 - self._busy / passed):.0f} % of it waiting for images")

@@ -59,51 +59,31 @@ class TrainingData(Protocol):
         """The same of the validation images; needs :meth:`Method.validation`."""
 
 
-def _nothing(data: TrainingData) -> None:
-    pass
-
-
 @dataclass
 class Stage:
     """A part of training with a learning-rate schedule of its own."""
 
     epochs: int  # 0 skips the stage
     lr: float  # initial learning rate
-    begin: Callable[[TrainingData], None] = _nothing  # called before the first epoch
-    end: Callable[[TrainingData], None] = _nothing  # called after the last epoch
+    begin: Callable[[TrainingData], None] = lambda data: None  # called before the first epoch
+    end: Callable[[TrainingData], None] = lambda data: None  # called after the last epoch
 
 
 class Method(nn.Module):
-    """A model with its loss and its score.
+    """A model with its loss and its score, for C classes and a frozen CLIP."""
 
-    Attributes:
-        config_name: its node below ``cfg.TRAINER``; empty without keys of its own.
-        keys: its config keys.
-        learns: False for methods without anything to train.
-        frozen_image_encoder: False for methods that change the encoder or its input: pixels are always read.
-        scaled_precisions: values of ``PREC`` that need loss scaling.
-        stage_keys: config keys that decide which epoch belongs to which stage; a run resumes only with equal values.
-        learned: everything that is trained and saved.
-
-    Args:
-        cfg: the whole config.
-        classnames: C class names.
-        backbone: frozen CLIP.
-    """
-
-    config_name = ""
-    keys: Mapping[str, Key] = {}
-    learns = True
-    frozen_image_encoder = True
-    scaled_precisions: tuple[str, ...] = ("amp",)
+    config_name = ""  # its node below ``cfg.TRAINER``; empty without keys of its own
+    keys: Mapping[str, Key] = {}  # its config keys
+    learns = True  # False for methods without anything to train
+    frozen_image_encoder = True  # False for methods that change the encoder or its input: pixels are always read
+    scaled_precisions: tuple[str, ...] = ("amp",)  # values of ``PREC`` that need loss scaling
+    # Config keys that decide which epoch belongs to which stage; a run resumes only with equal values.
     stage_keys: tuple[str, ...] = ()
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], backbone: Backbone) -> None:
         super().__init__()
         self.cfg, self.classnames, self.backbone = cfg, list(classnames), backbone
-        self.learned: Optional[nn.Module] = None
-
-    # Configuration
+        self.learned: Optional[nn.Module] = None  # everything that is trained and saved
 
     @classmethod
     def extend_cfg(cls, cfg: CfgNode) -> None:
@@ -135,8 +115,6 @@ class Method(nn.Module):
         """The method's own config node, for example ``cfg.TRAINER.COOP``."""
         return self.cfg.TRAINER[self.config_name]
 
-    # Training
-
     def loss(self, images: ImageBatch, label: torch.Tensor) -> Step:
         """Losses and logits of B images with labels (B,)."""
         raise NotImplementedError
@@ -159,8 +137,6 @@ class Method(nn.Module):
     def fit(self, data: TrainingData) -> float:
         """Learn without gradients, in place of all epochs; returns the accuracy on training images in percent."""
         raise NotImplementedError
-
-    # Evaluation
 
     def text_features(self) -> Optional[torch.Tensor]:
         """(C, E) text features of unit length, computed once per evaluation; None if they depend on the image."""

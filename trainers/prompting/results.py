@@ -38,8 +38,7 @@ def write_text(path: str, text: str) -> None:
 def replacing(path: str) -> Iterator[IO[bytes]]:
     """Open a file that replaces ``path`` once it is written and on the disk. Raises OSError that names ``path``.
 
-    An error, a kill or a power cut before leaves an older file as it was. :func:`remove_leftovers` removes what a kill
-    leaves.
+    An error, a kill or a power cut before leaves an older file as it was; see :func:`remove_leftovers`.
     """
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f".{name}-{uuid.uuid4().hex[:12]}.tmp")
@@ -50,7 +49,12 @@ def replacing(path: str) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(folder)
+        with suppress(OSError):  # Windows and some network file systems cannot flush the new name to the disk
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
     except BaseException as error:
         with suppress(OSError):
             os.unlink(temporary)
@@ -59,23 +63,12 @@ def replacing(path: str) -> Iterator[IO[bytes]]:
         raise
 
 
-def _sync_folder(folder: str) -> None:
-    """Flush a new name in a folder to the disk, where the system supports that."""
-    with suppress(OSError):  # Windows, some network file systems
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def remove_leftovers(folder: str) -> None:
     """Remove the temporary files of a killed run; only for the process that holds the folder's lock."""
     with suppress(FileNotFoundError):
-        for name in os.listdir(folder):
-            if TEMPORARY.fullmatch(name):
-                with suppress(OSError):
-                    os.unlink(os.path.join(folder, name))
+        for name in filter(TEMPORARY.fullmatch, os.listdir(folder)):
+            with suppress(OSError):
+                os.unlink(os.path.join(folder, name))
 
 
 def read_results(folder: str) -> dict[str, Any]:
@@ -87,14 +80,14 @@ def read_results(folder: str) -> dict[str, Any]:
 def is_finished(folder: str) -> bool:
     """Whether a folder has results. A damaged file counts as none, with a warning on stderr."""
     try:
-        if isinstance(read_results(folder)["metrics"], dict):
-            return True
+        finished = isinstance(read_results(folder)["metrics"], dict)
     except FileNotFoundError:
         return False
     except (ValueError, KeyError, TypeError):  # empty, cut, something else
-        pass
-    print(f"WARNING: {os.path.join(folder, NAME)} is damaged: the run counts as unfinished", file=sys.stderr)
-    return False
+        finished = False
+    if not finished:
+        print(f"WARNING: {os.path.join(folder, NAME)} is damaged: the run counts as unfinished", file=sys.stderr)
+    return finished
 
 
 def harmonic_mean(base: float, new: float) -> float:
@@ -116,19 +109,17 @@ def main(argv: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     try:
-        base, new = (read_results(folder) for folder in argv)
-        accuracies = [run["metrics"]["accuracy"] for run in (base, new)]
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        runs = [read_results(folder) for folder in argv]
+        accuracies = [run["metrics"]["accuracy"] for run in runs]
+    except (OSError, ValueError, KeyError) as error:
+        damaged = f"a {NAME} of {' or '.join(argv)} holds no accuracy ({error!r})"
+        print(f"error: {error if isinstance(error, OSError) else damaged}", file=sys.stderr)
         return 2
-    except (ValueError, KeyError) as error:
-        print(f"error: a {NAME} of {' or '.join(argv)} holds no accuracy ({error!r})", file=sys.stderr)
-        return 2
-    run = base["run"]
+    run = runs[0]["run"]
     print(f"{run['trainer']} on {run['dataset']}, {described(run)} ({run['backbone']})")
     for label, value in zip(("base", "new", "H"), (*accuracies, harmonic_mean(*accuracies))):
         print(f"{label:>4} {value:6.2f}")
-    for label, results in zip(("base", "new"), (base, new)):
+    for label, results in zip(("base", "new"), runs):
         for warning in results.get("warnings", ()):
             print(f"WARNING ({label}): {warning}")
     return 0

@@ -8,11 +8,10 @@ import shlex
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Optional
+from typing import Optional
 
 from filelock import FileLock, Timeout
 
@@ -28,45 +27,31 @@ _locks: dict[tuple[int, str], FileLock] = {}  # by process (a forked one holds n
 
 @contextmanager
 def locked(folder: str) -> Iterator[None]:
-    """Hold the lock of a folder; the same process may nest it.
-
-    Raises:
-        UserError: another process holds it.
-        OSError: the folder cannot be created or written.
-    """
+    """Hold the lock of a folder, which may be nested. Raises UserError if another process holds it, or OSError."""
     os.makedirs(folder, exist_ok=True)
     real = os.path.realpath(folder)
     lock = _locks.setdefault((os.getpid(), real), FileLock(os.path.join(real, LOCK)))
+    held = True
     try:
-        held = _acquire(lock, folder)
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, folder) from error
-    try:
-        yield
-    finally:
-        if held:
-            lock.release()
-
-
-def _acquire(lock: FileLock, folder: str) -> bool:
-    """Returns False where the file system has no locks."""
-    try:
-        with suppress(Timeout):
+        try:
             lock.acquire(timeout=0)
-            return True
-        until = time.monotonic() + PATIENCE
-        print(f"{folder} is in use: waiting up to {PATIENCE:g} s")
-        lock.acquire(timeout=max(until - time.monotonic(), 0))
+        except Timeout:
+            print(f"{folder} is in use: waiting up to {PATIENCE:g} s")
+            lock.acquire(timeout=PATIENCE)
     except Timeout as error:
         raise UserError(
             f"{folder}: another run is writing into this folder; wait until it ends or choose another --output-dir"
         ) from error
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-            raise
+            raise type(error)(error.errno, error.strerror, folder) from error
         print(f"{folder}: this file system has no locks; make sure that only one run at a time writes there")
-        return False
-    return True
+        held = False
+    try:
+        yield
+    finally:
+        if held:
+            lock.release()
 
 
 class Stopped(SystemExit):
@@ -83,11 +68,7 @@ def stoppable() -> Iterator[None]:
 
     Forked worker processes keep their own handlers.
     """
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield
-        return
-    owner = os.getpid()
-    before: dict[int, Any] = {}
+    owner, before = os.getpid(), {}
 
     def stop(number: int, frame: Optional[FrameType]) -> None:
         if os.getpid() != owner:
@@ -96,11 +77,12 @@ def stoppable() -> Iterator[None]:
             signal.signal(each, signal.SIG_IGN)
         raise Stopped(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        known = signal.getsignal(number)
-        if known not in (None, signal.SIG_IGN):  # a run started with a signal ignored keeps ignoring it
-            before[number] = known
-            signal.signal(number, stop)
+    if threading.current_thread() is threading.main_thread():  # only the main thread may handle signals
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        # A run started with a signal ignored keeps ignoring it.
+        before.update((number, known) for number, known in handlers.items() if known not in (None, signal.SIG_IGN))
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
     finally:
@@ -121,5 +103,4 @@ def quiet_threads() -> Iterator[None]:
 
 def command() -> str:
     """The command line of this process, ready for a shell."""
-    words = getattr(sys, "orig_argv", [sys.executable, *sys.argv])  # not in Python 3.9
-    return shlex.join(words)
+    return shlex.join(getattr(sys, "orig_argv", [sys.executable, *sys.argv]))  # Python 3.9 has no orig_argv

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Optional
 
 import PIL
@@ -38,7 +38,6 @@ class PromptTrainer(TrainerX):
 
     method_class: type[Method]
     model: Method
-    scaler: Any = None
     view_cache: Optional[ViewCache] = None
     checkpointer: Optional[Checkpointer] = None  # None: the method learns nothing
     fits = False  # the method learns by fit(), without epochs
@@ -46,7 +45,6 @@ class PromptTrainer(TrainerX):
     training = False  # during and after train()
     model_dir = ""  # run folder whose model was loaded
 
-    # ------------------------------------------------------------------------------------------------ building
     @classmethod
     def config_errors(cls, cfg: CfgNode) -> list[str]:
         """A line for every value that is not allowed: key, value, and what is."""
@@ -62,9 +60,9 @@ class PromptTrainer(TrainerX):
     def build_data_loader(self) -> None:
         """As in Dassl, with images read by :class:`ImageDataset`; with cached views the loader reads none."""
         self.dm = DataManager(self.cfg, dataset_wrapper=ImageDataset)
-        for name in ("train_loader_x", "train_loader_u", "val_loader", "test_loader", "num_classes", "lab2cname"):
+        loaders = ("train_loader_x", "train_loader_u", "val_loader", "test_loader")
+        for name in (*loaders, "num_classes", "num_source_domains", "lab2cname"):
             setattr(self, name, getattr(self.dm, name))
-        self.num_source_domains = self.dm.num_source_domains
         if self.method_class.views(self.cfg):
             self.train_loader_x = index_loader(self.dm.dataset.train_x, self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE)
         self.train_loader_x = handle_last_batch(self.train_loader_x, self.cfg.TRAIN.DROP_LAST)
@@ -81,23 +79,21 @@ class PromptTrainer(TrainerX):
         if views := self.method_class.views(cfg):
             items, transform, room = self.dm.dataset.train_x, build_transform(cfg, is_train=True), cfg.TRAIN.DECODED_GB
             self.view_cache = ViewCache(self.backbone, items, transform, views, max(cfg.SEED, 0), room * 2**30)
-        if self.model.learned is not None:
-            self._build_optimizer()
-
-    def _build_optimizer(self) -> None:
-        cfg, learned = self.cfg, self.model.learned
+        learned = self.model.learned
+        if learned is None:
+            return
         if cfg.MODEL.INIT_WEIGHTS:
             load_init_weights(learned, cfg.MODEL.INIT_WEIGHTS)
         patch_dassl_warmup()
         self.optim = build_optimizer(learned, cfg.OPTIM, self.model.learning_rates())
         self.fits = type(self.model).fit is not Method.fit
         self.max_epoch = 1 if self.fits else self.max_epoch
-        self.sched = StageSchedule(self.model.stages(), self.optim, cfg.OPTIM, build_lr_scheduler, self.data)
+        stages, stage_keys = [] if self.fits else self.model.stages(), self.model.stage_keys
+        if len(stages) > 1:
+            stage_keys = (*stage_keys, "OPTIM.MAX_EPOCH", "DATASET.NUM_SHOTS")
+        self.sched = StageSchedule(stages, self.optim, cfg.OPTIM, build_lr_scheduler, self.data)
         self.register_model(PROMPT_LEARNER, learned, self.optim, self.sched)
         parts = {"collapse": self.monitor, **({} if self.view_cache is None else {"views": self.view_cache})}
-        stage_keys = self.model.stage_keys
-        if len(self.sched.stages) > 1:
-            stage_keys = (*stage_keys, "OPTIM.MAX_EPOCH", "DATASET.NUM_SHOTS")
         state = learned, self.optim, self.scaler, parts
         self.checkpointer = Checkpointer(cfg, self.classnames, *state, stage_keys, self.backbone.fingerprint())
 
@@ -105,12 +101,13 @@ class PromptTrainer(TrainerX):
     def classnames(self) -> list[str]:
         return list(self.dm.dataset.classnames)
 
-    # ------------------------------------------------------------------------------------------------ training
     def train(self) -> None:
         """Train and test."""
         if self.checkpointer is None:
             raise UserError(f"{self.cfg.TRAINER.NAME} has nothing to train: add --eval-only")
-        for setting in validation_settings(self.cfg, self.method_class):
+        if self.cfg.TEST.FINAL_MODEL == "best_val" and not self.cfg.TEST.NO_TEST:
+            self.data.check_validation("TEST.FINAL_MODEL best_val", "set it to last_step")
+        if setting := self.method_class.validation(self.cfg):
             self.data.check_validation(*setting)
         self.training = True
         with training_session(self.cfg.OUTPUT_DIR, self.checkpointer):
@@ -119,17 +116,14 @@ class PromptTrainer(TrainerX):
     def before_train(self) -> None:
         super().before_train()
         self._write_config()
-        data = self.train_loader_x.dataset
-        if isinstance(data, ImageDataset):
+        if isinstance(data := self.train_loader_x.dataset, ImageDataset):
             data.decode(self.cfg.TRAIN.DECODED_GB * 2**30)
 
     def before_epoch(self) -> None:
         super().before_epoch()
-        data = self.train_loader_x.dataset
-        if isinstance(data, ImageDataset):
+        if isinstance(data := self.train_loader_x.dataset, ImageDataset):
             data.epoch.fill_(self.epoch)
-        if not self.fits:
-            self.sched.before_epoch(self.epoch)
+        self.sched.before_epoch(self.epoch)
         self.timer.before_epoch()
 
     def run_epoch(self) -> None:
@@ -143,15 +137,14 @@ class PromptTrainer(TrainerX):
     def after_epoch(self) -> None:
         self.guard.check_parameters(self.model.learned, self._position())
         self.monitor.after_epoch(self.epoch + 1)
-        if not self.fits:
-            with self.autocast:
-                self.sched.after_epoch(self.epoch)
+        with self.autocast:
+            self.sched.after_epoch(self.epoch)
         super().after_epoch()
         self.checkpointer.after_epoch(self.epoch, self.best_result)
 
     def after_train(self) -> None:
         super().after_train()
-        self._write_results()
+        write_run_results(self)
 
     def forward_backward(self, batch: dict[str, Any]) -> dict[str, float]:
         """A step; returns the loss and the accuracy on the batch's original images."""
@@ -160,42 +153,38 @@ class PromptTrainer(TrainerX):
             position = f"{self._position()} batch [{self.batch_idx + 1}/{self.num_batches}]"
             self.guard.before_step(position, batch.get("impath", ()))
             with self.autocast:
-                step = self.model.loss(self._training_images(batch), label)
+                if self.view_cache is None:
+                    images = ImageBatch(self.backbone, batch["img"].to(self.device, non_blocking=True))
+                else:
+                    images = self.view_cache.batch(batch["index"], self.epoch)
+                step = self.model.loss(images, label)
             self._update(step)
             self.model.after_step()
             accuracy = compute_accuracy(step.logits, label)[0].item()
             self.monitor.after_step(accuracy, len(label))
             if self.batch_idx + 1 == self.num_batches:
                 self.update_lr()
-            summary = {"loss": step.total.item(), "acc": accuracy}
             losses = step.losses if len(step.losses) > 1 else {}
             for name, value in {**losses, **step.log}.items():
                 self.write_scalar(f"train/{name}", value.item(), self.epoch * self.num_batches + self.batch_idx)
-        return summary
-
-    def _training_images(self, batch: dict[str, Any]) -> ImageBatch:
-        if self.view_cache is not None:
-            return self.view_cache.batch(batch["index"], self.epoch)
-        return ImageBatch(self.backbone, batch["img"].to(self.device, non_blocking=True))
+            return {"loss": step.total.item(), "acc": accuracy}
 
     def _update(self, step: Any) -> None:
         """Gradients and a step of the optimizer. Raises FloatingPointError instead of making parameters NaN."""
         self.guard.check_loss(step.total)
         self.optim.zero_grad()
+        self.model.backward(step, self.scaler.scale if self.scaler else lambda loss: loss)
         if self.scaler is None:
-            self.model.backward(step, lambda loss: loss)
             self.guard.check_gradients(self.model.learned.parameters())
             self.optim.step()
-            return
-        self.model.backward(step, self.scaler.scale)
-        self.scaler.step(self.optim)  # skipped when gradients overflow; then the scale is halved
-        self.scaler.update()
-        self.guard.check_scale(self.scaler.get_scale())
+        else:
+            self.scaler.step(self.optim)  # skipped when gradients overflow; then the scale is halved
+            self.scaler.update()
+            self.guard.check_scale(self.scaler.get_scale())
 
     def _position(self) -> str:
         return f"epoch [{self.epoch + 1}/{self.max_epoch}]"
 
-    # ------------------------------------------------------------------------------------------------ checkpoints
     def save_model(
         self, epoch: int, directory: str, is_best: bool = False, val_result: Any = None, model_name: str = ""
     ) -> None:
@@ -204,11 +193,7 @@ class PromptTrainer(TrainerX):
         self.checkpointer.save(epoch, directory, name, val_result, self.best_result)
 
     def load_model(self, directory: str, epoch: Optional[int] = None) -> None:
-        """Load what was learned from a run folder: the given epoch, else the best model, else the newest checkpoint.
-
-        Raises:
-            UserError: no folder, no such checkpoint, or one that does not fit the current classes.
-        """
+        """Load what was learned from a run folder, see :meth:`Checkpointer.load`. Raises UserError."""
         if self.checkpointer is None:  # nothing is learned
             return
         if not directory:
@@ -222,18 +207,14 @@ class PromptTrainer(TrainerX):
 
     def resume_model_if_exist(self, directory: str) -> int:
         """Resume from the newest readable checkpoint of a run folder. Returns the number of epochs done (0: none)."""
-        checkpoint = self.checkpointer.resume(directory)
-        if checkpoint is None:
+        if (checkpoint := self.checkpointer.resume(directory)) is None:
             return 0
         if checkpoint.get("best_result") is not None:
             self.best_result = checkpoint["best_result"]
-        epochs_done = int(checkpoint["epoch"])
-        if not self.fits:
-            self.sched.resume(epochs_done)
-        self.epoch = epochs_done - 1
-        return epochs_done
+        self.epoch = int(checkpoint["epoch"]) - 1
+        self.sched.resume(self.epoch + 1)
+        return self.epoch + 1
 
-    # ------------------------------------------------------------------------------------------------ evaluation
     @torch.no_grad()
     def test(self, split: Optional[str] = None) -> float:
         """Evaluate; returns the accuracy in percent, and leaves everything else in :attr:`evaluation`."""
@@ -251,7 +232,7 @@ class PromptTrainer(TrainerX):
         if not self.training:  # --eval-only; a training run writes its results when it ends
             with locked(self.cfg.OUTPUT_DIR):
                 self._write_config()
-                self._write_results()
+                write_run_results(self)
         return next(iter(self.evaluation.metrics.values()))
 
     @torch.no_grad()
@@ -267,22 +248,9 @@ class PromptTrainer(TrainerX):
         with self.autocast:
             return self.backbone.encode_image(image.to(self.device))
 
-    # ------------------------------------------------------------------------------------------------ results
     def _write_config(self) -> None:
         """``config.yaml``: every key of this run, readable by people and by ``--config-file``."""
         write_text(os.path.join(self.cfg.OUTPUT_DIR, "config.yaml"), self.cfg.dump())
-
-    def _write_results(self) -> None:
-        run = {
-            "trained": self.training,
-            "epochs": self.epoch + 1 if self.checkpointer is not None else 0,
-            "model_dir": self.model_dir,
-            "collapsed": self.monitor.collapsed if self.training else None,
-        }
-        device = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
-        warnings = [] if self.checkpointer is None else self.checkpointer.warnings
-        warnings = [*warnings, *(self.sched.warnings if self.training and not self.fits else [])]
-        write_run_results(self.cfg, self.evaluation or Evaluation("", {}), self.num_classes, run, device, warnings)
 
 
 @contextmanager
@@ -306,10 +274,9 @@ def training_session(folder: str, checkpointer: Checkpointer) -> Iterator[None]:
 
 
 def load_backbone(cfg: CfgNode, prec: str, device: torch.device) -> tuple[Backbone, str]:
-    """CLIP on the device, frozen, and the precision that it computes in. Raises UserError where ``INPUT.SIZE`` differs.
+    """CLIP on the device, frozen, and the precision that it computes in; "clip" is fp16 on a GPU, fp32 on a CPU.
 
-    Args:
-        prec: fp16, fp32, amp, bf16, or clip for fp16 on a GPU and fp32 on a CPU.
+    Raises UserError where images would have another size or normalisation than in the backbone's pre-training.
     """
     name = cfg.MODEL.BACKBONE.NAME
     print(f"Loading CLIP (backbone: {name})")
@@ -317,7 +284,11 @@ def load_backbone(cfg: CfgNode, prec: str, device: torch.device) -> tuple[Backbo
     size = backbone.input_resolution
     if tuple(cfg.INPUT.SIZE) != (size, size):
         raise UserError(f"INPUT.SIZE {tuple(cfg.INPUT.SIZE)}: {name} takes images of ({size}, {size}) pixels")
-    check_normalisation(cfg, backbone)
+    if "normalize" not in cfg.INPUT.TRANSFORMS:
+        raise UserError("INPUT.TRANSFORMS lacks normalize, which the backbone was trained with: add it")
+    for key, needed in (("PIXEL_MEAN", backbone.pixel_mean), ("PIXEL_STD", backbone.pixel_std)):
+        if any(abs(a - b) > 1e-3 for a, b in zip(cfg.INPUT[key], needed)):
+            raise UserError(f"INPUT.{key} {tuple(cfg.INPUT[key])}: {backbone.name} needs {needed}")
     if prec == "clip":
         prec = "fp16" if device.type == "cuda" else "fp32"
     if device.type == "cpu" and (prec in ("fp16", "amp") or (prec == "bf16" and not cpu_has_bfloat16())):
@@ -333,33 +304,15 @@ def load_backbone(cfg: CfgNode, prec: str, device: torch.device) -> tuple[Backbo
 
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU has bfloat16 instructions; without them bfloat16 is slower than float32."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", file.read()) is not None
-    except OSError:
-        return False
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", file.read()) is not None
+    return False
 
 
-def check_normalisation(cfg: CfgNode, backbone: Backbone) -> None:
-    """Raise UserError where images would be normalised in another way than in the backbone's pre-training."""
-    if "normalize" not in cfg.INPUT.TRANSFORMS:
-        raise UserError("INPUT.TRANSFORMS lacks normalize, which the backbone was trained with: add it")
-    for key, needed in (("PIXEL_MEAN", backbone.pixel_mean), ("PIXEL_STD", backbone.pixel_std)):
-        if any(abs(a - b) > 1e-3 for a, b in zip(cfg.INPUT[key], needed)):
-            raise UserError(f"INPUT.{key} {tuple(cfg.INPUT[key])}: {backbone.name} needs {needed}")
-
-
-def validation_settings(cfg: CfgNode, method_class: type[Method]) -> list[tuple[str, str]]:
-    """Settings of a training run that need validation images, with the remedy where there are none."""
-    best = cfg.TEST.FINAL_MODEL == "best_val" and not cfg.TEST.NO_TEST
-    settings = [("TEST.FINAL_MODEL best_val", "set it to last_step") if best else None, method_class.validation(cfg)]
-    return [setting for setting in settings if setting]
-
-
-def write_run_results(
-    cfg: CfgNode, evaluation: Evaluation, num_classes: int, run: dict[str, Any], device: str, warnings: Sequence[str]
-) -> None:
+def write_run_results(trainer: PromptTrainer) -> None:
     """Write ``results.json`` and print the line that ends a run."""
+    cfg, evaluation, saved = trainer.cfg, trainer.evaluation or Evaluation("", {}), trainer.checkpointer
+    warnings = [*(saved.warnings if saved else []), *(trainer.sched.warnings if trainer.training else [])]
     run = {
         "trainer": cfg.TRAINER.NAME,
         "dataset": cfg.DATASET.NAME,
@@ -367,19 +320,22 @@ def write_run_results(
         "shots": cfg.DATASET.NUM_SHOTS,
         "seed": cfg.SEED,
         "backbone": cfg.MODEL.BACKBONE.NAME,
-        **run,
+        "trained": trainer.training,
+        "epochs": trainer.epoch + 1 if saved else 0,
+        "model_dir": trainer.model_dir,
+        "collapsed": trainer.monitor.collapsed if trainer.training else None,
     }
     results = {
         "metrics": evaluation.metrics,
         "observed": evaluation.extra_metrics,
         "split": evaluation.split or None,
         "images": len(evaluation.predictions),
-        "classes": num_classes,
+        "classes": trainer.num_classes,
         "warnings": [*warnings, *evaluation.warnings],  # why the numbers may not mean what they seem to
         "run": run,
         "torch": torch.__version__,
         "pillow": PIL.__version__,  # versions differ in the pixels of the drawn names
-        "device": device,
+        "device": torch.cuda.get_device_name() if trainer.device.type == "cuda" else "cpu",
     }
     path, accuracy = write_results(cfg.OUTPUT_DIR, results), evaluation.metrics.get("accuracy")
     print(

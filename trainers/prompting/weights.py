@@ -27,8 +27,14 @@ class Placeholder:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
-        pass
+    __setstate__ = __init__
+
+
+class EmptyDict:
+    """Stands for ``collections.defaultdict``, in which a pickled optimizer holds its state: torch fills only dicts."""
+
+    def __new__(cls, *args: Any) -> dict:  # type: ignore[misc]
+        return {}
 
 
 def is_torchscript(path: str) -> bool:
@@ -42,8 +48,8 @@ def is_torchscript(path: str) -> bool:
 def load_tensors(path: str) -> Any:
     """What a torch file holds, on the CPU; objects that are neither tensors nor plain types become placeholders.
 
-    Raises ValueError for a TorchScript or tar archive (torch before 2.6 would execute or unpack them), or an old torch,
-    and whatever torch, zip and pickle raise for a file that they cannot read.
+    Raises ValueError for a TorchScript or tar archive (torch before 2.6 would execute or unpack them) or an old torch,
+    and what torch, zip and pickle raise for a file that they cannot read.
     """
     if is_torchscript(path) or tarfile.is_tarfile(path):
         raise ValueError("a TorchScript or tar archive")
@@ -52,23 +58,13 @@ def load_tensors(path: str) -> Any:
     except pickle.UnpicklingError as error:
         if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
             raise ValueError("it holds more than tensors, which needs torch 2.6 or newer to read safely") from error
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([_placeholder_for(name) for name in names]):
+        placeholders = []
+        for name in torch.serialization.get_unsafe_globals_in_checkpoint(path):
+            module, _, leaf = name.rpartition(".")  # the pickle finds the class by its full name
+            base = EmptyDict if name == "collections.defaultdict" else Placeholder
+            placeholders.append(type(leaf, (base,), {"__module__": module}))
+        with torch.serialization.safe_globals(placeholders):
             return torch.load(path, map_location="cpu", weights_only=True)
-
-
-class EmptyDict:
-    """Stands for ``collections.defaultdict``, in which a pickled optimizer holds its state: torch fills only dicts."""
-
-    def __new__(cls, *args: Any) -> dict:  # type: ignore[misc]
-        return {}
-
-
-def _placeholder_for(name: str) -> type:
-    """A placeholder class under the full name that a pickle uses."""
-    module, _, leaf = name.rpartition(".")
-    base = EmptyDict if name == "collections.defaultdict" else Placeholder
-    return type(leaf, (base,), {"__module__": module})
 
 
 def load_init_weights(module: nn.Module, path: str) -> None:
@@ -79,14 +75,11 @@ def load_init_weights(module: nn.Module, path: str) -> None:
         offered = {key.removeprefix("module."): value for key, value in content.get("state_dict", content).items()}
         fitting = {key: offered[key] for key in own.keys() & offered.keys() if offered[key].shape == own[key].shape}
     except Exception as error:  # noqa: BLE001 (zip, pickle and torch each raise their own errors)
-        raise UserError(
-            f"MODEL.INIT_WEIGHTS {path}: not weights that can be read ({type(error).__name__}); give a file of tensors"
-        ) from error
+        fault = f"not weights that can be read ({type(error).__name__}); give a file of tensors"
+        raise UserError(f"MODEL.INIT_WEIGHTS {path}: {fault}") from error
     if not fitting:
-        raise UserError(
-            f"MODEL.INIT_WEIGHTS {path}: nothing in it fits, it holds {', '.join(offered) or 'nothing'}; "
-            "give a checkpoint of the same method and backbone"
-        )
+        fault = f"nothing in it fits, it holds {', '.join(offered) or 'nothing'}"
+        raise UserError(f"MODEL.INIT_WEIGHTS {path}: {fault}; give a checkpoint of the same method and backbone")
     module.load_state_dict({**own, **fitting})
     print(f"Successfully loaded pretrained weights from {path}")
     if len(fitting) < len(offered):
