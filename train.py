@@ -76,7 +76,10 @@ def setup_cfg(args: argparse.Namespace) -> CN:
     """
     cfg = get_cfg_default()
     extend_cfg(cfg)
-    errors = flag_errors(args)
+    errors = [f"{w}: flags must come before the KEY VALUE pairs" for w in map(str, args.opts) if w.startswith("--")]
+    if not args.eval_only and (args.model_dir or args.load_epoch is not None):
+        flag = "--model-dir" if args.model_dir else "--load-epoch"
+        errors.append(f"{flag}: names a model to evaluate; add --eval-only, or --resume to train on from a run")
     for flag in ("--dataset-config-file", "--config-file"):
         if path := getattr(args, flag[2:].replace("-", "_")):
             errors += merge_file(cfg, path, flag)
@@ -94,15 +97,6 @@ def setup_cfg(args: argparse.Namespace) -> CN:
         raise UserError(*errors)
     cfg.freeze()
     return cfg
-
-
-def flag_errors(args: argparse.Namespace) -> list[str]:
-    """A line for every flag that would have no effect."""
-    errors = [f"{w}: flags must come before the KEY VALUE pairs" for w in map(str, args.opts) if w.startswith("--")]
-    if not args.eval_only and (args.model_dir or args.load_epoch is not None):
-        flag = "--model-dir" if args.model_dir else "--load-epoch"
-        errors.append(f"{flag}: names a model to evaluate; add --eval-only, or --resume to train on from a run")
-    return errors
 
 
 def merge_file(cfg: CN, path: str, flag: str) -> list[str]:
@@ -141,7 +135,7 @@ def _merge_tree(cfg: CN, node: CN, content: dict[Any, Any], prefix: str = "") ->
 
 def merge_pairs(cfg: CN, pairs: Sequence[str]) -> list[str]:
     """Override the config with the valid KEY VALUE pairs. Returns one line for every mistake."""
-    if any(str(word).startswith("--") for word in pairs):  # reported by flag_errors
+    if any(str(word).startswith("--") for word in pairs):  # reported by setup_cfg
         return []
     errors = [error for key, value in zip(pairs[::2], pairs[1::2]) for error in _merge(cfg, key, value)]
     if len(pairs) % 2:
@@ -182,14 +176,6 @@ def _hint(name: str, known: Sequence[str], cutoff: float) -> str:
     return f", perhaps {matches[0]}" if matches else ""
 
 
-def print_args(args: argparse.Namespace, cfg: CN) -> None:
-    """Print arguments and config in CoOp's format."""
-    print("***************\n** Arguments **\n***************")
-    for key, value in sorted(vars(args).items()):
-        print(f"{key}: {value}")
-    print(f"************\n** Config **\n************\n{cfg}")
-
-
 def run(args: argparse.Namespace) -> None:
     """Train and test, or only test, holding the lock of the output folder."""
     cfg = setup_cfg(args)
@@ -202,7 +188,9 @@ def run(args: argparse.Namespace) -> None:
         setup_logger(cfg.OUTPUT_DIR)
         if torch.cuda.is_available() and cfg.USE_CUDA:
             torch.backends.cudnn.benchmark = True
-        print_args(args, cfg)
+        print("***************\n** Arguments **\n***************")
+        print(*(f"{key}: {value}" for key, value in sorted(vars(args).items())), sep="\n")
+        print(f"************\n** Config **\n************\n{cfg}")
         print(f"Collecting env info ...\n** System info **\n{collect_env_info()}\n")
         try:
             trainer = build_trainer(cfg)
@@ -247,18 +235,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Return the exit status: 0, or 2 for a mistake of the user. A signal in training raises SystemExit (130, 143)."""
     try:
         run(parse_args(argv))
+        return 0
     except UserError as error:
-        return _fail(*map(str, error.args))
+        messages = map(str, error.args)
     except FloatingPointError as error:
-        return _fail(f"{error}; training cannot continue: lower OPTIM.LR")
+        messages = [f"{error}; training cannot continue: lower OPTIM.LR"]
     except OSError as error:  # an unreadable or unwritable file; raised in a worker, the message has many lines
-        if error.filename and error.strerror:
-            return _fail(f"{error.filename}: {error.strerror}")
-        return _fail(str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: "))
-    return 0
-
-
-def _fail(*messages: str) -> int:
+        last = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+        messages = [f"{error.filename}: {error.strerror}" if error.filename and error.strerror else last]
     for message in messages:
         print(f"error: {printable(' '.join(message.splitlines()))}", file=sys.stderr)
     return 2

@@ -12,7 +12,8 @@ arguments "DATASET CFG" "$@"
 SOURCE=${SOURCE:-imagenet} NCTX=${NCTX:-16} CSC=${CSC:-False} CTP=${CTP:-end} LOADEP=${LOADEP-50}
 config "$DATASET" "$CFG"
 SETTING=${CFG}_${SHOTS}shots/nctx${NCTX}_csc${CSC}_ctp${CTP}
-OPTS=(TRAINER.COOP.N_CTX "$NCTX" TRAINER.COOP.CSC "$CSC" TRAINER.COOP.CLASS_TOKEN_POSITION "$CTP" ${OPTS[@]+"${OPTS[@]}"})
+KEYS=(TRAINER.COOP.N_CTX "$NCTX" TRAINER.COOP.CSC "$CSC" TRAINER.COOP.CLASS_TOKEN_POSITION "$CTP")
+OPTS=("${KEYS[@]}" ${OPTS[@]+"${OPTS[@]}"})
 for SEED in $SEEDS; do
     run "$OUTPUT/evaluation/$TRAINER/$SETTING/$DATASET/seed$SEED" "$DATASET" all \
         --eval-only --model-dir "$OUTPUT/$SOURCE/$TRAINER/$SETTING/seed$SEED" ${LOADEP:+--load-epoch "$LOADEP"}

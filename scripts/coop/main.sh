@@ -11,7 +11,8 @@ source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"
 
 arguments "DATASET CFG CTP NCTX SHOTS CSC" "$@"
 config "$DATASET" "$CFG"
-OPTS=(TRAINER.COOP.N_CTX "$NCTX" TRAINER.COOP.CSC "$CSC" TRAINER.COOP.CLASS_TOKEN_POSITION "$CTP" ${OPTS[@]+"${OPTS[@]}"})
+KEYS=(TRAINER.COOP.N_CTX "$NCTX" TRAINER.COOP.CSC "$CSC" TRAINER.COOP.CLASS_TOKEN_POSITION "$CTP")
+OPTS=("${KEYS[@]}" ${OPTS[@]+"${OPTS[@]}"})
 for SEED in $SEEDS; do
     run "$OUTPUT/$DATASET/$TRAINER/${CFG}_${SHOTS}shots/nctx${NCTX}_csc${CSC}_ctp${CTP}/seed$SEED" "$DATASET" all
 done

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The rows of Table 4, which the paper runs on ImageNet with RN50 and 16 shots of all classes: use, size and place of the
+# The rows of Table 4, which the paper runs on ImageNet with RN50 and 16 shots: use, size and place of the
 # visual prompts, and number of context vectors.
 #
 #   bash scripts/logo/ablation.sh DATASET [SEED] [KEY VALUE …]      without a seed: 1, 2 and 3

@@ -89,7 +89,8 @@ run() {
     shift 3
     # Everything that the folder's name does not tell, so that an old result is never mistaken for a new one.
     local config="configs/trainers/$CFG_DIR/$CFG.yaml" data="configs/datasets/$dataset.yaml" asked
-    asked="BACKBONE=$BACKBONE $data ($(cksum < "$data" | cut -d' ' -f1)) $config ($(cksum < "$config" | cut -d' ' -f1)) ${OPTS[*]-}"
+    asked="BACKBONE=$BACKBONE $data ($(cksum < "$data" | cut -d' ' -f1))"
+    asked+=" $config ($(cksum < "$config" | cut -d' ' -f1)) ${OPTS[*]-}"
     # One script at a time, so that asked.txt belongs to the run in this folder. train.py has its own lock.
     mkdir -p "$dir" || exit 2
     if [ -w "$dir" ]; then
