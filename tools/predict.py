@@ -53,12 +53,6 @@ def read_classnames(words: Sequence[str]) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def json_line(prediction: Prediction) -> str:
-    """A prediction as one line of ASCII, whatever its path contains."""
-    keys = ("path", "error") if prediction.error else ("path", "classes", "scores")
-    return json.dumps({key: getattr(prediction, key) for key in keys})
-
-
 def table_writer(classnames: Sequence[str]) -> Callable[[Prediction], None]:
     """Prints predictions as rows of one table whose columns have fixed widths."""
     console = Console(markup=False, emoji=False, highlight=False)
@@ -119,7 +113,9 @@ def predict(args: argparse.Namespace, stack: ExitStack) -> int:
         file = stack.enter_context(args.out.open("w", encoding="utf-8")) if args.out else sys.stdout
 
         def write(prediction: Prediction) -> None:
-            file.write(f"{json_line(prediction)}\n")  # in one call: Ctrl-C leaves whole lines
+            keys = ("path", "error") if prediction.error else ("path", "classes", "scores")
+            line = json.dumps({key: getattr(prediction, key) for key in keys})  # ASCII, whatever the path contains
+            file.write(f"{line}\n")  # in one call: Ctrl-C leaves whole lines
             file.flush()
 
     quiet = not sys.stderr.isatty() or (sys.stdout.isatty() and not args.out)  # results are progress enough

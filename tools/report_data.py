@@ -39,7 +39,6 @@ ABOUT = {
 FREE_KEYS = ("SEED", "OUTPUT_DIR", "RESUME", "VERBOSE", "USE_CUDA", "DATASET.ROOT", "DATALOADER.NUM_WORKERS")
 FREE_KEYS += ("TRAIN.", "TEST.")
 H = np.vectorize(harmonic_mean, otypes=[float])
-
 PAPER_SHOTS = "16 shots"
 PAPER = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 PUBLISHED = {  # kind -> data sets and "average" by (method, column)
@@ -80,8 +79,6 @@ def published_value(kind: str, method: str, datasets: Sequence[str], column: str
 
 
 class Run(NamedTuple):
-    """One finished run."""
-
     folder: str
     kind: str  # of TITLES
     scope: str  # the source of a transfer, the setting of an ablation, else empty
@@ -129,8 +126,8 @@ def kind_and_scope(folder: Path, subset: str) -> tuple[str, str]:
 def read_run(folder: Path) -> Optional[Run]:
     """A finished run; None if it was not tested. Raises ValueError, KeyError, TypeError."""
     settings, folder = {}, folder.resolve()
-    if (folder / "config.yaml").exists():
-        text = (folder / "config.yaml").read_text(encoding="utf-8")
+    if (file := folder / "config.yaml").exists():
+        text = file.read_text(encoding="utf-8")
         fast = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml; it crashes on deeply nested text
         content = yaml.load(text, Loader=fast if len(text) < 20_000 else yaml.SafeLoader)  # a config takes 3,000
         if not content or not isinstance(content, dict):
@@ -199,10 +196,8 @@ class Table(NamedTuple):
 
 
 class Report(NamedTuple):
-    """All tables of some runs; gaps make it incomplete, notes do not."""
-
     runs: pd.DataFrame
-    gaps: list[str]
+    gaps: list[str]  # what makes it incomplete
     notes: list[str]
     seeds: Sequence[int]
     tables: list[Table]
@@ -252,7 +247,6 @@ def setting_table(runs: pd.DataFrame, report: Report) -> Table:
     if kind == "few_shot":  # an untrained method has the same accuracy with all shots
         untrained = ~values.index.get_level_values("row").map(info.learned).to_numpy(bool)
         values[untrained] = values[untrained].ffill(axis=1).bfill(axis=1)
-
     # Methods in the paper's order, then others, then LoGoPrompt; the source of a transfer before other data sets.
     last = len(PLACES)
     rows = sorted(info.index, key=lambda r: (r.startswith("LoGoPrompt"), PLACES.get(info.method[r], last), r))
@@ -262,14 +256,12 @@ def setting_table(runs: pd.DataFrame, report: Report) -> Table:
     averaged = [d for d in averaged if d in PLACES] or averaged
     members = {dataset: [dataset] for dataset in datasets}
     if len(averaged) > 1:
-        average = f"Average of {len(averaged)} data sets"
+        members = {f"Average of {len(averaged)} data sets": averaged, **members}
         groups = values.loc[averaged].groupby(level=["row", "seed"])
         means = groups.mean().where(groups.count() == len(averaged))  # of the seeds that all data sets have
-        values = pd.concat([pd.concat({average: means}, names=["section"]), values])
-        members = {average: averaged, **members}
+        values = pd.concat([pd.concat({next(iter(members)): means}, names=["section"]), values])
     if kind == "base2new":
         values["H"] = H(values.base, values.new)
-
     backbone, notes = PAPER.get(kind, {}).get("backbone", ""), [ABOUT[kind]] if kind in ABOUT else []
     same = {row for row in rows if same_backbone(info.backbone[row], backbone)}
     others = sorted(set(info.backbone.drop(same)))
@@ -344,5 +336,4 @@ def make_cells(values: pd.DataFrame, rows: list, learned: pd.Series, published: 
 
 
 def text(values: pd.Series, form: str) -> pd.Series:
-    """Formatted numbers; NaN is empty."""
     return values.map(form.format).where(values.notna(), "")
