@@ -60,14 +60,14 @@ def by_label(entries: Sequence[Entry]) -> list[list[Entry]]:
 
 def split_trainval(trainval: Sequence[Entry]) -> Split:
     """Split annotated training images into training and validation images, 80 % and 20 % of each class."""
-    split: Split = {"train": [], "val": []}
+    train, val = [], []
     for items in by_label(trainval):
         n_val = round(len(items) * P_VAL)
         _require_images(n_val, items[0].classname, len(items))
         random.shuffle(items)
-        split["val"] += items[:n_val]
-        split["train"] += items[n_val:]
-    return split
+        val += items[:n_val]
+        train += items[n_val:]
+    return {"train": train, "val": val}
 
 
 def split_classes(classes: Sequence[tuple[int, str, list[str]]]) -> Split:
@@ -119,8 +119,7 @@ def check_labels(parts: Split, source: str) -> None:
             raise UserError(f'{source}: label {item.label} is both "{name}" and "{item.classname}"; give it one name')
         if not clean_name(name).strip():
             raise UserError(f"{source}: label {item.label} has an empty class name; give it one")
-    trained = {item.label for item in parts["train"]}
-    if not trained:
+    if not (trained := {item.label for item in parts["train"]}):
         raise UserError(f"{source}: no training images; add some")
     for label in set(range(max(names) + 1)) - trained:
         name = f' ("{names[label]}")' if label in names else ""

@@ -121,8 +121,7 @@ def predict(args: argparse.Namespace, stack: ExitStack) -> int:
     quiet = not sys.stderr.isatty() or (sys.stdout.isatty() and not args.out)  # results are progress enough
     total = None if quiet else sum(1 for _ in find_images(args.images))
     skipped: list[str] = []
-    sources = predictor.find(args.images, skipped.append)
-    results: Any = (predictor.explain if draw else predictor)(sources, args.top)
+    results: Any = (predictor.explain if draw else predictor)(predictor.find(args.images, skipped.append), args.top)
     done = failed = 0
     for done, result in enumerate(tqdm(results, total=total, unit="image", disable=quiet), 1):  # noqa: B007
         prediction = result.prediction if draw else result
@@ -139,7 +138,8 @@ def predict(args: argparse.Namespace, stack: ExitStack) -> int:
     return failed
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Returns the exit status, see above."""
     title, _, epilog = __doc__.split("\n\n", 2)
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=title, epilog=epilog, formatter_class=style)
@@ -158,12 +158,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.top, 1 if args.batch_size is None else args.batch_size) < 1:
         parser.error("--top and --batch-size must be at least 1")
-    return args
-
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Returns the exit status, see above."""
-    args = parse_args(argv)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that are read all the same
     try:
         with ExitStack() as stack:

@@ -144,14 +144,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     lacking = []
     for config in chosen:
         try:
-            complete = prepare(config, root, args.dry_run)
+            lacking += [] if prepare(config, root, args.dry_run) else [config]
         except (UserError, OSError) as error:  # go on with the next data set
             print(f"error: {config}: {error}", file=sys.stderr)
-            complete = False
+            lacking.append(config)
         except KeyboardInterrupt:
             print(f"{config}: interrupted; call again to continue", file=sys.stderr)
             return 1
-        lacking += [] if complete else [config]
     if len(chosen) > 1:
         done = len(chosen) - len(lacking)
         print(f"{done} of {len(chosen)} complete; incomplete: {', '.join(lacking) or 'none'}")

@@ -154,26 +154,24 @@ def read_run(folder: Path) -> Optional[Run]:
 
 def read_runs(roots: Sequence[Path], seeds: Sequence[int]) -> tuple[pd.DataFrame, list[str], list[str]]:
     """Runs, a row each; what makes the report incomplete; notes. UserError for a missing folder or a run in two."""
-    folders = find_runs(roots)
+    folders, notes, found = find_runs(roots), [], []
     gaps = [f"unfinished: {folder} has no {NAME}" for folder in folders if not (folder / NAME).exists()]
-    notes, found = [], []
-    for folder in folders:
+    for folder in filter(lambda folder: (folder / NAME).exists(), folders):
         try:
-            run = read_run(folder) if (folder / NAME).exists() else None
+            run = read_run(folder)
         except (OSError, KeyError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
             why = f" has no {error}" if isinstance(error, KeyError) else f": {' '.join(str(error).split())}"
             gaps.append(f"damaged: {folder / NAME}{why}")
             continue
         if run is None:
-            notes += [f"left out: {folder} has no accuracy on test images"] * (folder / NAME).exists()
+            notes.append(f"left out: {folder} has no accuracy on test images")
         elif run.seed not in seeds and run.learned:
             notes.append(f"left out: {folder} has seed {run.seed}, which is not among --seeds")
         else:
             found.append(run)
             notes += [f"collapsed: the training of {folder}"] * run.collapsed
     runs = pd.DataFrame(found, columns=list(Run._fields))
-    same = [list(group.folder) for _, group in runs.groupby(IDENTITY, sort=False) if len(group) > 1]
-    if same:
+    if same := [list(group.folder) for _, group in runs.groupby(IDENTITY, sort=False) if len(group) > 1]:
         raise UserError(*(f"the same run {len(f)} times: {', '.join(f)}; name the folder of one" for f in same))
     for _, group in runs.groupby([name for name in IDENTITY if name != "seed"], sort=False):
         first, a = group.folder.iloc[0], group.settings.iloc[0]

@@ -27,7 +27,7 @@ from trainers.prompting.errors import UserError
 from trainers.prompting.results import harmonic_mean, write_text
 
 plt.switch_backend("Agg")
-DATASET, CONFIG = "shapes", "tiny96_ep10_ctxv1"
+DATASET = "shapes"
 COLOURS = {"ZeroshotCLIP": "#9aa5b1", "CoOp": "#4c86c6", "LoGoPrompt": "#d1495b"}
 ROWS, EXPLAINED = 6, 200  # of the contact sheet, and images that it chooses from
 
@@ -37,7 +37,7 @@ def base_to_new(method: str, root: Path, folder: Path, seed: int, opts: Sequence
     accuracies, test = [], ("--eval-only", "--model-dir", str(folder / "base"))
     for subset, flags in (("base", ()), ("new", test)):
         flags = ("--eval-only",) if method == "ZeroshotCLIP" else flags
-        argv = arguments(method, DATASET, CONFIG, root, folder / subset, seed, subset, flags)
+        argv = arguments(method, DATASET, "tiny96_ep10_ctxv1", root, folder / subset, seed, subset, flags)
         accuracies.append(run([*argv, *opts], progress=True)["metrics"]["accuracy"])
     return [*accuracies, harmonic_mean(*accuracies)]
 
@@ -101,8 +101,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     print(f"\n{text}\n\n{time.time() - started:.0f} s; seed {args.seed}, {DATASET}, embedded CLIP (tiny)")
     print('What these numbers mean: README.md, "The embedded world"')
-    for name in ("table.md", "chart.png", "class_conditional.png", "runs"):
-        print(relative(output / name))
+    print(*(relative(output / name) for name in ("table.md", "chart.png", "class_conditional.png", "runs")), sep="\n")
     return 0
 
 
