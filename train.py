@@ -72,22 +72,22 @@ def reset_cfg(cfg: CN, args: argparse.Namespace) -> None:
 def setup_cfg(args: argparse.Namespace) -> CN:
     """Merge defaults, the data set's file, the method's file, the flags and the KEY VALUE pairs, in this order.
 
-    Raises:
-        UserError: one line for every mistake: missing or malformed files, unknown keys and names, values of the wrong
-            type or outside their range.
+    Raises UserError with a line for every mistake.
     """
     cfg = get_cfg_default()
     extend_cfg(cfg)
-    errors = flag_errors(args)
-    for flag, path in (("--dataset-config-file", args.dataset_config_file), ("--config-file", args.config_file)):
-        if path:
+    errors = [f"{w}: flags must come before the KEY VALUE pairs" for w in map(str, args.opts) if w.startswith("--")]
+    if not args.eval_only and (args.model_dir or args.load_epoch is not None):
+        flag = "--model-dir" if args.model_dir else "--load-epoch"
+        errors.append(f"{flag}: names a model to evaluate; add --eval-only, or --resume to train on from a run")
+    for flag in ("--dataset-config-file", "--config-file"):
+        if path := getattr(args, flag[2:].replace("-", "_")):
             errors += merge_file(cfg, path, flag)
     reset_cfg(cfg, args)
     errors += merge_pairs(cfg, args.opts)
-    for kind, name, registry in (
-        ("trainer (--trainer)", cfg.TRAINER.NAME, TRAINER_REGISTRY),
-        ("data set (DATASET.NAME, --dataset-config-file)", cfg.DATASET.NAME, DATASET_REGISTRY),
-    ):
+    registries = {"trainer (--trainer)": (cfg.TRAINER.NAME, TRAINER_REGISTRY)}
+    registries["data set (DATASET.NAME, --dataset-config-file)"] = (cfg.DATASET.NAME, DATASET_REGISTRY)
+    for kind, (name, registry) in registries.items():
         known = sorted(registry.registered_names())
         if name not in known:
             errors.append(f'unknown {kind} "{name}"{_hint(name, known, 0.4)}: choose one of {", ".join(known)}')
@@ -97,16 +97,6 @@ def setup_cfg(args: argparse.Namespace) -> CN:
         raise UserError(*errors)
     cfg.freeze()
     return cfg
-
-
-def flag_errors(args: argparse.Namespace) -> list[str]:
-    """A line for every flag that would have no effect."""
-    late = [word for word in map(str, args.opts) if word.startswith("--")]
-    errors = [f"{word}: flags must come before the KEY VALUE pairs" for word in late]
-    if not args.eval_only and (args.model_dir or args.load_epoch is not None):
-        flag = "--model-dir" if args.model_dir else "--load-epoch"
-        errors.append(f"{flag}: names a model to evaluate; add --eval-only, or --resume to train on from a run")
-    return errors
 
 
 def merge_file(cfg: CN, path: str, flag: str) -> list[str]:
@@ -145,7 +135,7 @@ def _merge_tree(cfg: CN, node: CN, content: dict[Any, Any], prefix: str = "") ->
 
 def merge_pairs(cfg: CN, pairs: Sequence[str]) -> list[str]:
     """Override the config with the valid KEY VALUE pairs. Returns one line for every mistake."""
-    if any(str(word).startswith("--") for word in pairs):  # reported by flag_errors
+    if any(str(word).startswith("--") for word in pairs):  # reported by setup_cfg
         return []
     errors = [error for key, value in zip(pairs[::2], pairs[1::2]) for error in _merge(cfg, key, value)]
     if len(pairs) % 2:
@@ -186,14 +176,6 @@ def _hint(name: str, known: Sequence[str], cutoff: float) -> str:
     return f", perhaps {matches[0]}" if matches else ""
 
 
-def print_args(args: argparse.Namespace, cfg: CN) -> None:
-    """Print arguments and config in CoOp's format."""
-    print("***************\n** Arguments **\n***************")
-    for key, value in sorted(vars(args).items()):
-        print(f"{key}: {value}")
-    print(f"************\n** Config **\n************\n{cfg}")
-
-
 def run(args: argparse.Namespace) -> None:
     """Train and test, or only test, holding the lock of the output folder."""
     cfg = setup_cfg(args)
@@ -206,7 +188,9 @@ def run(args: argparse.Namespace) -> None:
         setup_logger(cfg.OUTPUT_DIR)
         if torch.cuda.is_available() and cfg.USE_CUDA:
             torch.backends.cudnn.benchmark = True
-        print_args(args, cfg)
+        print("***************\n** Arguments **\n***************")
+        print(*(f"{key}: {value}" for key, value in sorted(vars(args).items())), sep="\n")
+        print(f"************\n** Config **\n************\n{cfg}")
         print(f"Collecting env info ...\n** System info **\n{collect_env_info()}\n")
         try:
             trainer = build_trainer(cfg)
@@ -217,37 +201,33 @@ def run(args: argparse.Namespace) -> None:
             trainer.test()
         elif not args.no_train:
             if getattr(trainer.dm.dataset, "test_only", False):
-                raise UserError(
-                    f"{cfg.DATASET.NAME} has no training images: add --eval-only, and --model-dir for a trained model"
-                )
+                remedy = "add --eval-only, and --model-dir for a trained model"
+                raise UserError(f"{cfg.DATASET.NAME} has no training images: {remedy}")
             trainer.train()
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Parse CoOp's flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    for flag, text in {
-        "--root": "folder of the data sets",
-        "--output-dir": "run folder, which receives all output",
-        "--resume": "run folder from which training continues",
-        "--config-file": "config of the method",
-        "--dataset-config-file": "config of the data set",
-        "--trainer": "name of the trainer",
-        "--backbone": "CLIP weights: a name, a path or arch/tag (MODEL.BACKBONE.NAME)",
-        "--head": "unused, as in CoOp (MODEL.HEAD.NAME)",
-        "--model-dir": "run folder whose model --eval-only evaluates",
-    }.items():
-        parser.add_argument(flag, default="", help=text)
-    parser.add_argument("--seed", type=int, default=-1, help="of all random numbers; negative: none")
-    parser.add_argument("--source-domains", nargs="+", help="source domains")
-    parser.add_argument("--target-domains", nargs="+", help="target domains")
-    parser.add_argument("--transforms", nargs="+", help="data augmentation")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate without training")
-    parser.add_argument("--load-epoch", type=int, help="epoch of that model; default: the best one, else the last")
-    parser.add_argument("--no-train", action="store_true", help="build everything, then stop")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs that override the config")
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=style)
+    add = parser.add_argument
+    add("--root", default="", help="folder of the data sets")
+    add("--output-dir", default="", help="run folder, which receives all output")
+    add("--resume", default="", help="run folder from which training continues")
+    add("--config-file", default="", help="config of the method")
+    add("--dataset-config-file", default="", help="config of the data set")
+    add("--trainer", default="", help="name of the trainer")
+    add("--backbone", default="", help="CLIP weights: a name, a path or arch/tag (MODEL.BACKBONE.NAME)")
+    add("--head", default="", help="unused, as in CoOp (MODEL.HEAD.NAME)")
+    add("--model-dir", default="", help="run folder whose model --eval-only evaluates")
+    add("--seed", type=int, default=-1, help="of all random numbers; negative: none")
+    add("--source-domains", nargs="+", help="source domains")
+    add("--target-domains", nargs="+", help="target domains")
+    add("--transforms", nargs="+", help="data augmentation")
+    add("--eval-only", action="store_true", help="evaluate without training")
+    add("--load-epoch", type=int, help="epoch of that model; default: the best one, else the last")
+    add("--no-train", action="store_true", help="build everything, then stop")
+    add("opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs that override the config")
     return parser.parse_args(argv)
 
 
@@ -255,18 +235,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Return the exit status: 0, or 2 for a mistake of the user. A signal in training raises SystemExit (130, 143)."""
     try:
         run(parse_args(argv))
+        return 0
     except UserError as error:
-        return _fail(*map(str, error.args))
+        messages = map(str, error.args)
     except FloatingPointError as error:
-        return _fail(f"{error}; training cannot continue: lower OPTIM.LR")
+        messages = [f"{error}; training cannot continue: lower OPTIM.LR"]
     except OSError as error:  # an unreadable or unwritable file; raised in a worker, the message has many lines
-        if error.filename and error.strerror:
-            return _fail(f"{error.filename}: {error.strerror}")
-        return _fail(str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: "))
-    return 0
-
-
-def _fail(*messages: str) -> int:
+        last = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+        messages = [f"{error.filename}: {error.strerror}" if error.filename and error.strerror else last]
     for message in messages:
         print(f"error: {printable(' '.join(message.splitlines()))}", file=sys.stderr)
     return 2

@@ -27,10 +27,7 @@ class FewShotDataset(DatasetBase):
     """A data set from which ``DATASET.NUM_SHOTS`` training images per class are drawn (0 or less: all of them).
 
     Subclasses name ``dataset_dir`` (folder below the data root) and ``image_dir`` (below that), and fill ``self.parts``
-    in :meth:`prepare`.
-
-    Raises:
-        UserError: no data folder, an unknown subset, a class without training images, a missing image.
+    in :meth:`prepare`. Raises UserError for an unknown subset, a missing folder or image.
     """
 
     image_dir = "images"
@@ -83,7 +80,6 @@ class FewShotDataset(DatasetBase):
         return self.folder
 
     def path(self, *parts: str) -> str:
-        """Return the path of a file of the data set."""
         return os.path.join(self.folder, *parts)
 
     def fingerprint(self) -> str:
@@ -134,10 +130,7 @@ def data_root(cfg: Any) -> str:
 
 
 class SplitDataset(FewShotDataset):
-    """A data set with CoOp's split file, ``split_zhou_<Name>.json`` in its folder.
-
-    Where the file is missing, :meth:`make_split` makes a split as CoOp does, with the seed of the run, and it is saved.
-    """
+    """A data set with CoOp's split file, ``split_zhou_<Name>.json``; without it, a split is made and saved."""
 
     split_file: str
 
@@ -171,10 +164,9 @@ class SplitDataset(FewShotDataset):
                         print(f"Saved split to {self.source}")
                 self.parts = splits.read_split(self.source)
             except PermissionError as error:
-                raise UserError(
-                    f"{self.source}: no such file, and a new split cannot be saved ({error.strerror}): put CoOp's file "
-                    "there (docs/data.md) or make the folder writable once"
-                ) from error
+                remedy = "put CoOp's file there (docs/data.md) or make the folder writable once"
+                reason = f"no such file, and a new split cannot be saved ({error.strerror})"
+                raise UserError(f"{self.source}: {reason}: {remedy}") from error
 
     def made_from(self) -> str:
         """Return a digest of the files that a split is made from: names and numbers of images, sizes of annotations."""
@@ -184,7 +176,7 @@ class SplitDataset(FewShotDataset):
         return digest([counts, [os.path.getsize(path) for path in files]])
 
     def make_split(self) -> Split:
-        """Make the split from the raw data, with CoOp's draws."""
+        """Make the split from the raw data, with CoOp's draws and the seed of the run."""
         raise UserError(f"{self.source}: no such file; docs/data.md says where to get it")
 
 
@@ -208,11 +200,10 @@ class AnnotatedDataset(SplitDataset):
     lists: tuple[str, str]  # annotation files of the training and the test images
 
     def make_split(self) -> Split:
-        trainval, test = (self.annotated(name) for name in self.lists)
+        trainval, test = map(self.annotated, self.lists)
         return {**splits.split_trainval(trainval), "test": test}
 
     def annotated(self, name: str) -> list[Entry]:
-        """Read an annotation file."""
         return parse_lines(self.path(name), self.parse)
 
     def parse(self, line: str) -> Entry:

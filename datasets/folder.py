@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from typing import Any
 
 from dassl.data.datasets import DATASET_REGISTRY
@@ -15,9 +16,8 @@ from .files import is_image, list_folders, read_lines, walk_images
 from .splits import P_TRAIN, P_VAL, SPLITS, Entry, Split, cut
 
 CLASSNAMES = "classnames.txt"
-# usual names of the folders of the parts, in any case
-PART_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-PART_NAMES["testing"] = "test"
+WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+PART_NAMES = {word: part for part, words in WORDS.items() for word in words}  # of folders, in any case
 
 
 @DATASET_REGISTRY.register()
@@ -28,13 +28,9 @@ class Folder(FewShotDataset):
     and its path, so that adding or removing images moves few others. ``val/`` may be missing; without ``test/`` the
     images in ``val/`` are the test images, as in ImageNet. Class names are the names of the folders, or those given in
     ``classnames.txt``, lines ``<folder> <class name>``. Labels follow the order of the folders' names.
-
-    Raises:
-        UserError: no classes, a class with too few images, a folder without a class name or of another level.
     """
 
-    dataset_dir = ""
-    image_dir = ""
+    dataset_dir = image_dir = ""
     listed = True
 
     def prepare(self) -> None:
@@ -58,9 +54,8 @@ class Folder(FewShotDataset):
         names = self._classnames(classes)
         parts: Split = {part: [] for part in SPLITS}
         for part, folder in own.items():
-            unknown = sorted(set(list_folders(self.path(folder))) - set(classes))
-            if unknown:
-                other = self.path(folder, unknown[0])
+            if unknown := set(list_folders(self.path(folder))) - set(classes):
+                other = self.path(folder, min(unknown))
                 raise UserError(f"{other}: no class of that name in {own['train']}/; rename or remove it")
             for label, (name, paths) in enumerate(self._images(folder, classes).items()):
                 if part == "train" and not paths:
@@ -98,10 +93,8 @@ class Folder(FewShotDataset):
             below = set(list_folders(folder)) - {name} if here else set()
             suspicious = len(classes) == 1 or all(f in classes or f.casefold() in PART_NAMES for f in below)
             if below and suspicious and not any(is_image(file) for file in os.listdir(folder)):
-                raise UserError(
-                    f"{folder}: no images in it, only folders such as {min(below)}/; --root must name the folder of "
-                    "the class folders, or that of train/, val/ and test/"
-                )
+                remedy = "--root must name the folder of the class folders, or that of train/, val/ and test/"
+                raise UserError(f"{folder}: no images in it, only folders such as {min(below)}/; {remedy}")
             prefix = f"{part}/{name}" if part else name
             found[name] = [f"{prefix}/{path}" for path in walk_images(folder, others)] if here else []
         if others:
@@ -118,15 +111,11 @@ class Folder(FewShotDataset):
         names: dict[str, str] = {}
         for line in read_lines(path):
             # folders may have spaces in their names: take the longest that fits
-            folder = max(
-                (name for name in classes if line.startswith(tuple(f"{name}{mark}" for mark in " \t,;"))),
-                key=len,
-                default="",
-            )
+            folder = max((name for name in classes if re.match(re.escape(name) + r"[\s,;]", line)), key=len, default="")
             names[folder] = line[len(folder) :].strip(" \t,;")
-        missing = [name for name in classes if name not in names]
-        if missing:
-            raise UserError(f'{path}: no line for the folder "{missing[0]}"; add "{missing[0]} <class name>"')
+        for name in classes:
+            if name not in names:
+                raise UserError(f'{path}: no line for the folder "{name}"; add "{name} <class name>"')
         return names
 
 

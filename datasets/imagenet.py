@@ -20,9 +20,8 @@ PICKLED = "preprocessed.pkl"  # CoOp's listing
 class ImageNet(FewShotDataset):
     """``<root>/imagenet/images/{train,val}/n01440764/….JPEG`` and ``classnames.txt``.
 
-    As in CoOp, the validation images are the test images. CoOp lists the training images in the order of the file
-    system and saves that in ``preprocessed.pkl``: where this file exists its order is used, so that samples equal those
-    of CoOp on that machine. Otherwise images are sorted.
+    As in CoOp, the validation images are the test images. CoOp saves the file system's order of the training images in
+    ``preprocessed.pkl``; if it exists, that order is used and samples equal CoOp's. Otherwise images are sorted.
     """
 
     dataset_dir = "imagenet"
@@ -75,13 +74,9 @@ def read_classnames(path: str) -> dict[str, str]:
 
 
 def read_folders(source: str, images: str, prefix: str = "", numbered: bool = False) -> list[Entry]:
-    """Return the images of class folders, labels in the order of the folders' names.
+    """Return the images of class folders in ``images/prefix``, labels in the order of the folders' names.
 
-    Args:
-        source: ``classnames.txt``.
-        images: image folder; paths are relative to it.
-        prefix: folder of the class folders, below ``images``, with "/" at the end.
-        numbered: folders are named by label, the number of the line in ``source``, from 0.
+    ``source`` is ``classnames.txt``. If ``numbered``, folders are named by label, the number of its line, from 0.
     """
     names, path = read_classnames(source), os.path.join(images, prefix.rstrip("/")).rstrip("/")
     listing = {folder: list_images(os.path.join(path, folder)) for folder in list_folders(path)}

@@ -12,19 +12,15 @@ class ImageNetVariant(FewShotDataset):
     """``<root>/<dataset_dir>/<image_dir>/n02051845/….jpg`` and ``classnames.txt``.
 
     There are no training images: as in CoOp the test images are also ``train_x``, from which Dassl takes the classes.
-
-    Raises:
-        UserError: base or new classes are requested, which are halves of the training classes.
+    Base and new classes are halves of the training classes, so there are none.
     """
 
-    listed = True
-    test_only = True
+    listed = test_only = True
     sampled = ()
     numbered = False
 
     def prepare(self) -> None:
-        subset = self.cfg.DATASET.SUBSAMPLE_CLASSES
-        if subset != "all":
+        if (subset := self.cfg.DATASET.SUBSAMPLE_CLASSES) != "all":
             name = type(self).__name__
             raise UserError(f"DATASET.SUBSAMPLE_CLASSES {subset}: {name} has no base and new classes; set it to all")
         test = read_folders(self.path(CLASSNAMES), self.images, numbered=self.numbered)

@@ -32,11 +32,7 @@ COUNTS = {"train": 32, "val": 20, "test": 50}  # images of each kind
 
 
 class DrawnDataset(SplitDataset):
-    """A data set that is drawn where it is missing. An image depends on its style, split, kind and number alone.
-
-    Raises:
-        UserError: the folder exists and holds something else.
-    """
+    """A data set that is drawn where it is missing. An image depends on its style, split, kind and number alone."""
 
     style: str
 
@@ -62,7 +58,7 @@ class ShapesShifted(DrawnDataset):
 
 
 def draw_dataset(folder: str, style: str, split_file: str) -> None:
-    """Draw a data set with its split file unless it exists; several processes may do so at once."""
+    """Draw a data set with its split file unless it exists; several processes may do so at once. Raises UserError."""
     expected = {"version": VERSION, "style": style, "pixels": PIXELS, "counts": COUNTS, "kinds": sorted(KINDS)}
     if _is_drawn(folder, expected):
         return

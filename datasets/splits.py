@@ -40,15 +40,14 @@ Split = dict[str, list[Entry]]  # entries of "train", "val" and "test"
 @contextmanager
 def python_random(seed: int) -> Iterator[None]:
     """Seed Python's ``random``, as CoOp does, and restore its state afterwards; a negative seed changes nothing."""
-    if seed < 0:
-        yield
-        return
     state = random.getstate()
-    random.seed(seed)
+    if seed >= 0:
+        random.seed(seed)
     try:
         yield
     finally:
-        random.setstate(state)
+        if seed >= 0:
+            random.setstate(state)
 
 
 def by_label(entries: Sequence[Entry]) -> list[list[Entry]]:
@@ -61,21 +60,18 @@ def by_label(entries: Sequence[Entry]) -> list[list[Entry]]:
 
 def split_trainval(trainval: Sequence[Entry]) -> Split:
     """Split annotated training images into training and validation images, 80 % and 20 % of each class."""
-    split: Split = {"train": [], "val": []}
+    train, val = [], []
     for items in by_label(trainval):
         n_val = round(len(items) * P_VAL)
         _require_images(n_val, items[0].classname, len(items))
         random.shuffle(items)
-        split["val"] += items[:n_val]
-        split["train"] += items[n_val:]
-    return split
+        val += items[:n_val]
+        train += items[n_val:]
+    return {"train": train, "val": val}
 
 
 def split_classes(classes: Sequence[tuple[int, str, list[str]]]) -> Split:
-    """Split the images of each class (label, name, paths), half for training, a fifth for validation.
-
-    The lists of paths are shuffled in place.
-    """
+    """Split each class (label, name, paths), half for training, a fifth for validation. Shuffles paths in place."""
     split: Split = {part: [] for part in SPLITS}
     for label, classname, paths in classes:
         random.shuffle(paths)
@@ -87,7 +83,6 @@ def split_classes(classes: Sequence[tuple[int, str, list[str]]]) -> Split:
 
 
 def cut(paths: list[str], n_train: int, n_val: int) -> tuple[list[str], ...]:
-    """Cut a list into three."""
     return paths[:n_train], paths[n_train : n_train + n_val], paths[n_train + n_val :]
 
 
@@ -116,11 +111,7 @@ def subsample_classes(parts: Split, subset: str) -> Split:
 
 
 def check_labels(parts: Split, source: str) -> None:
-    """Check that every label up to the largest one has training images and exactly one class name.
-
-    Raises:
-        UserError: naming ``source``, the file or folder the entries come from.
-    """
+    """Check that every label up to the largest one has training images and one class name. Raises UserError."""
     names: dict[int, str] = {}
     for item in chain.from_iterable(parts.values()):
         name = names.setdefault(item.label, item.classname)
@@ -128,14 +119,12 @@ def check_labels(parts: Split, source: str) -> None:
             raise UserError(f'{source}: label {item.label} is both "{name}" and "{item.classname}"; give it one name')
         if not clean_name(name).strip():
             raise UserError(f"{source}: label {item.label} has an empty class name; give it one")
-    trained = {item.label for item in parts["train"]}
-    if not trained:
+    if not (trained := {item.label for item in parts["train"]}):
         raise UserError(f"{source}: no training images; add some")
     for label in set(range(max(names) + 1)) - trained:
         name = f' ("{names[label]}")' if label in names else ""
-        raise UserError(
-            f"{source}: class {label}{name} has no training images; add some or remove the class (labels count from 0)"
-        )
+        remedy = "add some or remove the class (labels count from 0)"
+        raise UserError(f"{source}: class {label}{name} has no training images; {remedy}")
 
 
 def check_files(images: str, parts: Split) -> None:
@@ -191,8 +180,7 @@ def draw(entries: Sequence[Entry], shots: int) -> list[Entry]:
 def warn_of_small_classes(train: Sequence[Entry], shots: int) -> None:
     """Print a warning where classes have fewer than ``shots`` training images."""
     groups = by_label(train)
-    small = [f'"{items[0].classname}" {len(items)}' for items in groups if len(items) < shots]
-    if small:
+    if small := [f'"{items[0].classname}" {len(items)}' for items in groups if len(items) < shots]:
         names = ", ".join(small[:MAX_NAMED]) + (", …" if len(small) > MAX_NAMED else "")
         print(f"Warning: {len(small)} of {len(groups)} classes have fewer than {shots} training images: {names}")
 

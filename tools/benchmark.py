@@ -45,21 +45,20 @@ Ways = dict[str, Callable[[], Any]]  # calls to compare, by name; the first one 
 Row = dict[str, Any]  # label, seconds, ratio, megabytes
 
 
-def compare(title: str, ways: Ways, rounds: int, memory: Sequence[Optional[float]] = ()) -> list[Row]:
+def compare(title: str, ways: Ways, rounds: int, memory: Sequence[float] = ()) -> list[Row]:
     """Medians of alternating runs, each after one to warm up; ratios are to the first way."""
     threads = torch.get_num_threads()
     timers = {way: Timer("call()", globals={"call": call}, num_threads=threads) for way, call in ways.items()}
     runs = [{way: timer.blocked_autorange(min_run_time=1) for way, timer in timers.items()} for _ in range(rounds)]
-    medians = {f"{title}: {way}": Measurement.merge([run[way] for run in runs])[0].median for way in ways}
-    return rows_of(medians, memory)
+    return rows_of({f"{title}: {w}": Measurement.merge([run[w] for run in runs])[0].median for w in ways}, memory)
 
 
-def rows_of(seconds: dict[str, float], memory: Sequence[Optional[float]] = ()) -> list[Row]:
+def rows_of(seconds: dict[str, float], memory: Sequence[float] = ()) -> list[Row]:
     first, pairs = next(iter(seconds.values())), zip_longest(seconds.items(), memory)
     return [{"label": name, "seconds": t, "ratio": t / first, "megabytes": peak} for (name, t), peak in pairs]
 
 
-def peaks(make: Callable[..., Ways], *args: Any) -> list[Optional[float]]:
+def peaks(make: Callable[..., Ways], *args: Any) -> list[float]:
     """Peak memory in megabytes of each of the ways that ``make`` makes, in a process of its own (on Linux)."""
     found = []
     for way in make(*args) if sys.platform == "linux" else ():
@@ -97,9 +96,8 @@ def method(module: Any, classes: int, arch: str = "RN50", **options: Any) -> Met
 
 def padded(model: Method, prompts: torch.Tensor) -> torch.Tensor:
     """Text features of prompts (C, L, D), encoded like the original CLIP: all 77 tokens of each."""
-    length = model.backbone.context_length
-    prompts = F.pad(prompts, (0, 0, 0, length - prompts.shape[1]))
-    return model.text_encoder(prompts, torch.full((len(prompts),), length - 1))
+    prompts = F.pad(prompts, (0, 0, 0, model.backbone.context_length - prompts.shape[1]))
+    return model.text_encoder(prompts, torch.full((len(prompts),), prompts.shape[1] - 1))
 
 
 def text_ways(classes: int, n_ctx: int, csc: bool) -> Ways:
@@ -138,10 +136,8 @@ def cocoop_ways(classes: int, batch: int) -> Ways:
             logits.append(model.backbone.logits(feature, padded(model, prompts)))
         F.cross_entropy(torch.stack(logits), label).backward()
 
-    return {
-        "77 tokens": reference,
-        "ours": lambda: model.loss(ImageBatch(model.backbone, image), label).total.backward(),
-    }
+    ours = lambda: model.loss(ImageBatch(model.backbone, image), label).total.backward()  # noqa: E731
+    return {"77 tokens": reference, "ours": ours}
 
 
 def cocoop_step(quick: bool) -> Iterator[Row]:

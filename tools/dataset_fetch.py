@@ -40,7 +40,6 @@ class Download:
 
     @property
     def page(self) -> str:
-        """Address for a browser."""
         return self.url or f"https://drive.google.com/file/d/{self.drive}/view"
 
 
@@ -61,21 +60,16 @@ class Source:
         return (*self.images, self.names) if self.names else tuple(self.images)
 
     def download_of(self, part: str) -> Optional[Download]:
-        """Return the download that brings a part, if any."""
         return next((download for download in self.downloads if part in download.parts), None)
 
     def missing(self, root: str) -> list[str]:
-        """Return the parts that a data root lacks."""
         return [part for part in self.parts if not exists(os.path.join(root, self.folder), part)]
 
 
-def _source(folder: str, downloads: dict[str, dict[str, Any]], **facts: Any) -> Source:
-    files = (Download(file, **{"parts": (file,), **values}) for file, values in downloads.items())
-    return Source(folder, downloads=tuple(files), **facts)
-
-
-_FACTS = yaml.safe_load(Path(__file__).with_name("sources.yaml").read_text(encoding="utf-8"))
-SOURCES = {name: _source(**facts) for name, facts in _FACTS.items()}
+SOURCES = {}
+for _name, _facts in yaml.safe_load(Path(__file__).with_name("sources.yaml").read_text(encoding="utf-8")).items():
+    _files = [Download(file, **{"parts": (file,), **facts}) for file, facts in _facts.pop("downloads").items()]
+    SOURCES[_name] = Source(downloads=tuple(_files), **_facts)
 
 
 def exists(folder: str, part: str) -> bool:
@@ -192,8 +186,7 @@ def _folder_with(folder: str, parts: list[str], download: Download) -> str:
 def unpack(path: str, folder: str) -> None:
     """Unpack a zip or tar archive into a new folder. pooch's Untar is unsafe before Python 3.12.
 
-    Raises:
-        UserError: it is damaged, has members outside the folder or symbolic links.
+    Raises UserError where it is damaged or has symbolic links or members outside the folder.
     """
 
     def refuse_links(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:

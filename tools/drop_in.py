@@ -4,8 +4,8 @@
     python tools/drop_in.py PATH_TO_COOP --check     lists what is missing; exit status 0: nothing, 1: something
     python tools/drop_in.py PATH_TO_COOP --remove    undoes the installation
 
-Run it with CoOp's interpreter: it looks for packages there. What differs from ours is neither overwritten nor removed;
-everything is checked before anything is written, train.py is written last. Standard library only.
+Run it with CoOp's interpreter: it looks for packages there. Checks everything before it writes, train.py last; never
+overwrites or removes what differs from ours. Standard library only.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ class Refusal(Exception):
     """A user's mistake, in one line. Not ``UserError``: importing that needs the packages that may be missing."""
 
 
-def content(path: Path) -> dict[str, bytes]:
-    """Files at or below a path, without compiled and hidden ones."""
-    found = {p.relative_to(path).as_posix(): p for p in (path, *path.rglob("*")) if p.is_file()}
-    return {name: p.read_bytes() for name, p in found.items() if not re.search(r"__pycache__|(^|/)\.\w", name)}
-
-
 def state(checkout: Path, part: str) -> str:
     """``same``, ``missing`` or ``differs (files)`` (also where a link is in the way)."""
+
+    def content(path: Path) -> dict[str, bytes]:  # without compiled and hidden files
+        found = {p.relative_to(path).as_posix(): p for p in (path, *path.rglob("*")) if p.is_file()}
+        return {name: p.read_bytes() for name, p in found.items() if not re.search(r"__pycache__|(^|/)\.\w", name)}
+
     target, ours = checkout / part, content(ROOT / part)
+    if not os.path.lexists(target):
+        return "missing"
     theirs = content(target) if target.resolve() == target else {}
     differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-    there = os.path.lexists(target)
-    return f"differs ({', '.join(differing)})" if there and differing else "same" if there else "missing"
+    return f"differs ({', '.join(differing)})" if differing else "same"
 
 
-def write(source: Path, target: Path, text: Optional[bytes] = None) -> None:
+def write(source: Path, target: Path, text: bytes = b"") -> None:
     """Copy a file or folder atomically; with a text, only the permissions."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".drop_in_", dir=target.parent) as folder:
@@ -61,7 +61,7 @@ def write(source: Path, target: Path, text: Optional[bytes] = None) -> None:
             shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__", ".*"))
         else:
             shutil.copy(source, copy)
-        if text is not None:
+        if text:
             copy.write_bytes(text)
         os.replace(copy, target)
 
@@ -86,11 +86,12 @@ def edited(text: bytes, remove: bool) -> bytes:
 
 def change(checkout: Path, remove: bool) -> str:
     """Install or remove. Returns what was done. Raises Refusal, before anything is written."""
-    states, train = {part: state(checkout, part) for part in PARTS}, checkout / "train.py"
-    for part, found in states.items():
+    parts, train = [], checkout / "train.py"
+    for part in PARTS:
+        found = state(checkout, part)
         if found.startswith("differs"):
             raise Refusal(f"{part} {found} from ours; move it away first")
-    parts = [checkout / part for part, found in states.items() if found == ("same" if remove else "missing")]
+        parts += [checkout / part] * (found == ("same" if remove else "missing"))
     text = edited(train.read_bytes(), remove)
     for path in [train, *parts]:
         folder = next(parent for parent in path.parents if os.path.lexists(parent))
@@ -110,13 +111,13 @@ def change(checkout: Path, remove: bool) -> str:
 
 def missing_packages() -> list[str]:
     """Requirements that this interpreter does not meet, as in ``requirements.txt``."""
-    needed = dict(re.findall(r"^([\w-]+)>=([\d.]+)", (ROOT / "requirements.txt").read_text("utf-8"), re.M))
-    installed = {str(d.metadata["Name"]).lower(): d.version for d in importlib.metadata.distributions()}
 
     def numbers(version: str) -> list[int]:
         return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
-    old = [name for name in PACKAGES if numbers(installed.get(name.lower(), "0")) < numbers(needed[name])]
+    needed = dict(re.findall(r"^([\w-]+)>=([\d.]+)", (ROOT / "requirements.txt").read_text("utf-8"), re.M))
+    installed = {str(d.metadata["Name"]).lower(): d.version for d in importlib.metadata.distributions()}
+    old = (name for name in PACKAGES if numbers(installed.get(name.lower(), "0")) < numbers(needed[name]))
     return [f'"{name}>={needed[name]}"' for name in old]
 
 

@@ -44,10 +44,9 @@ GREY, RED, BLUE = "#9aa5b1", "#d1495b", "#2b3a4a"
 def zero_shot(trainer: Any) -> dict[str, torch.Tensor]:
     """Zero-shot scores of the N test images, without a block and with one.
 
-    Returns:
-        ``label`` (N,) y; ``cosine`` (N, C) of images and prompts; ``none`` (N, C) p(.|x); for each of ``BLOCKS``, whose
-        class is c: ``true``, ``hard``, ``other`` (N, C) p(.|x_c), and ``class of true`` … (N,) that class c; ``name``
-        (C,) cosines of an image that shows only a class name with the prompt of that class.
+    Returns ``label`` (N,) y; ``cosine`` (N, C) of images and prompts; ``none`` (N, C) p(.|x); for each of ``BLOCKS``,
+    whose class is c, (N, C) p(.|x_c) and ``class of …`` (N,) that class; ``name`` (C,) cosines of an image that shows
+    only a class name with the prompt of that class.
     """
     model, backbone, names, found = trainer.model, trainer.backbone, trainer.classnames, defaultdict(list)
     prompts = encode_texts(backbone, [DEFAULT_TEMPLATE.format(clean_name(name)) for name in names])
@@ -58,9 +57,8 @@ def zero_shot(trainer: Any) -> dict[str, torch.Tensor]:
         features = images.pasted(model.visual_prompts, classes, model.places(images))
         conditional = log_probabilities(backbone.logits(features, prompts)).exp()
         values = {"label": label, "cosine": images.features().float() @ prompts.float().T, "none": p}
-        for i, name in enumerate(BLOCKS):
-            values[name], values[f"class of {name}"] = conditional[:, i], classes[:, i]
-        for key, value in values.items():
+        values |= {f"class of {name}": c for name, c in zip(BLOCKS, classes.unbind(1))}
+        for key, value in {**values, **dict(zip(BLOCKS, conditional.unbind(1)))}.items():
             found[key].append(value.cpu())
     options, size = model.options, backbone.input_resolution
     pictures = render_blocks(names, size, size, options.VISUAL_SEED, options.MIN_CONTRAST, options.FONT)
@@ -86,7 +84,6 @@ def draw(values: dict[str, torch.Tensor], classnames: Sequence[str], path: str) 
     if n <= 40:
         left.set_xticks(range(n), [clean_name(classnames[c]) for c in order], rotation=90, fontsize=7)
     left.set(ylabel='cosine with "a photo of a [class]."', title="(a) images that show only the class name")
-
     plain, pasted = (of(values[key], label) for key in ("none", "true"))
     by_score, size = plain.argsort(), max(1, min(8, 6000 / len(plain)))
     right.scatter(range(len(plain)), pasted[by_score], s=size, color=RED, label="with the block of their class", lw=0)
@@ -107,9 +104,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--out", required=True, help="picture to write (.png, .svg, .pdf)")
     ours, rest = parser.parse_known_args(argv)
     try:
-        args = train.parse_args(["--trainer", "LoGoPrompt", "--no-train", *rest])
         with redirect_stdout(io.StringIO()):
-            trainer = build_trainer(train.setup_cfg(args))
+            trainer = build_trainer(train.setup_cfg(train.parse_args(["--trainer", "LoGoPrompt", "--no-train", *rest])))
         values = zero_shot(trainer)
         draw(values, trainer.classnames, ours.out)
     except (UserError, OSError, ValueError) as error:
@@ -122,8 +118,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     plain, rows = of(values["none"], label), []
     for block in ("none", *BLOCKS):
         p, right = of(values[block], label), values[block].argmax(dim=1) == label
-        raised = 100 * (p > plain).float().mean()
-        rows.append([block, *map(float, (p.mean(), raised, 100 * right.float().mean()))])
+        rows.append([block, p.mean().item(), *(100 * x.float().mean().item() for x in (p > plain, right))])
     print(pd.DataFrame(rows, columns=["block", "p(y|x)", "raised in %", "accuracy"]).to_markdown(index=False))
     print(ours.out)
     return 0

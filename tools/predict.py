@@ -53,12 +53,6 @@ def read_classnames(words: Sequence[str]) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def json_line(prediction: Prediction) -> str:
-    """A prediction as one line of ASCII, whatever its path contains."""
-    keys = ("path", "error") if prediction.error else ("path", "classes", "scores")
-    return json.dumps({key: getattr(prediction, key) for key in keys})
-
-
 def table_writer(classnames: Sequence[str]) -> Callable[[Prediction], None]:
     """Prints predictions as rows of one table whose columns have fixed widths."""
     console = Console(markup=False, emoji=False, highlight=False)
@@ -119,14 +113,15 @@ def predict(args: argparse.Namespace, stack: ExitStack) -> int:
         file = stack.enter_context(args.out.open("w", encoding="utf-8")) if args.out else sys.stdout
 
         def write(prediction: Prediction) -> None:
-            file.write(f"{json_line(prediction)}\n")  # in one call: Ctrl-C leaves whole lines
+            keys = ("path", "error") if prediction.error else ("path", "classes", "scores")
+            line = json.dumps({key: getattr(prediction, key) for key in keys})  # ASCII, whatever the path contains
+            file.write(f"{line}\n")  # in one call: Ctrl-C leaves whole lines
             file.flush()
 
     quiet = not sys.stderr.isatty() or (sys.stdout.isatty() and not args.out)  # results are progress enough
     total = None if quiet else sum(1 for _ in find_images(args.images))
     skipped: list[str] = []
-    sources = predictor.find(args.images, skipped.append)
-    results: Any = (predictor.explain if draw else predictor)(sources, args.top)
+    results: Any = (predictor.explain if draw else predictor)(predictor.find(args.images, skipped.append), args.top)
     done = failed = 0
     for done, result in enumerate(tqdm(results, total=total, unit="image", disable=quiet), 1):  # noqa: B007
         prediction = result.prediction if draw else result
@@ -143,7 +138,8 @@ def predict(args: argparse.Namespace, stack: ExitStack) -> int:
     return failed
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Returns the exit status, see above."""
     title, _, epilog = __doc__.split("\n\n", 2)
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=title, epilog=epilog, formatter_class=style)
@@ -162,12 +158,6 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.top, 1 if args.batch_size is None else args.batch_size) < 1:
         parser.error("--top and --batch-size must be at least 1")
-    return args
-
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Returns the exit status, see above."""
-    args = parse_args(argv)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that are read all the same
     try:
         with ExitStack() as stack:

@@ -99,10 +99,8 @@ def check(config: str, root: str, workers: int) -> tuple[list[str], str]:
         problems = list(filter(None, tqdm(reasons, config, len(paths), leave=False, unit=" images", disable=None)))
     found = {f"{part} images": len(entries) for part, entries in parts.items()}
     found["classes"] = len({entry.label for entry in parts["test"] + parts["train"]})
-    published = (
-        {f"{part} images": n for part, n in source.counts.items()} | {"classes": source.classes} if source else {}
-    )
-    for kind, n in published.items():
+    for part, n in (*source.counts.items(), ("classes", source.classes)) if source else ():
+        kind = part if part == "classes" else f"{part} images"
         if found[kind] != n:
             problems.append(f"{config}: {found[kind]:,} {kind}, but {n:,} are published")
     return problems, f"{len(paths):>9,} images  {found['classes']:>5,} classes"
@@ -139,22 +137,20 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         for config in chosen:
             problems, numbers = check(config, root, args.workers)
             sys.stdout.writelines(f"{problem}\n" for problem in problems)
-            n = len(problems)
-            verdict = f"{n:,} problem{'s' * (n > 1)}" if n else "complete"
+            verdict = f"{len(problems):,} problem{'s' * (len(problems) > 1)}" if problems else "complete"
             rows.append("  ".join(filter(None, (config.ljust(max(map(len, chosen))), numbers, verdict))))
         print(*rows, sep="\n")
         return 0 if all(row.endswith("complete") for row in rows) else 1
     lacking = []
     for config in chosen:
         try:
-            complete = prepare(config, root, args.dry_run)
+            lacking += [] if prepare(config, root, args.dry_run) else [config]
         except (UserError, OSError) as error:  # go on with the next data set
             print(f"error: {config}: {error}", file=sys.stderr)
-            complete = False
+            lacking.append(config)
         except KeyboardInterrupt:
             print(f"{config}: interrupted; call again to continue", file=sys.stderr)
             return 1
-        lacking += [] if complete else [config]
     if len(chosen) > 1:
         done = len(chosen) - len(lacking)
         print(f"{done} of {len(chosen)} complete; incomplete: {', '.join(lacking) or 'none'}")

@@ -46,9 +46,8 @@ def tuned(blocks: torch.Tensor, classnames: Sequence[str], model_dir: str) -> to
     if pixels.shape[1:] != blocks.shape[1:]:
         remedy = "train with TRAINER.LOGOPROMPT.TUNE_VISUAL True, and give the run's --config-file here"
         raise UserError(f"{path}: no tuned visual prompts of {h}x{w} pixels in it; {remedy}")
-    return remap_state_to_classes(
-        VisualPrompts(blocks), {"pixels": pixels}, classnames, checkpoint["classnames"], path
-    )["pixels"]
+    saved = {"pixels": pixels}, classnames, checkpoint["classnames"], path
+    return remap_state_to_classes(VisualPrompts(blocks), *saved)["pixels"]
 
 
 def contact_sheet(cfg: Any, n_images: int, n_others: int, model_dir: str) -> list[torch.Tensor]:
@@ -71,12 +70,11 @@ def contact_sheet(cfg: Any, n_images: int, n_others: int, model_dir: str) -> lis
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Returns the exit status: 0, or 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", required=True, help="picture to write (.png, .jpg)")
-    parser.add_argument("--images", type=int, default=4, help="test images, one per row")
-    parser.add_argument("--others", type=int, default=2, help="blocks of other classes per image")
-    parser.add_argument(
-        "--classnames", nargs="+", default=[], help="draw the blocks of these names, without a data set"
-    )
+    add = parser.add_argument
+    add("--out", required=True, help="picture to write (.png, .jpg)")
+    add("--images", type=int, default=4, help="test images, one per row")
+    add("--others", type=int, default=2, help="blocks of other classes per image")
+    add("--classnames", nargs="+", default=[], help="draw the blocks of these names, without a data set")
     ours, rest = parser.parse_known_args(argv)
     if ours.images < 1 or ours.others < 0:
         parser.error("--images must be at least 1, --others at least 0")

@@ -136,13 +136,13 @@ def render(figure: Figure, kind: str) -> bytes:
 def example_predictions(runs: pd.DataFrame, n: int) -> tuple[str, list[tuple[bytes, str]]]:
     """The first run that can be loaded, LoGoPrompt's before others', and pictures with captions of its predictions."""
     runs = runs.assign(other=~runs.method.str.startswith("LoGoPrompt")).sort_values(["other", "seed"], kind="stable")
-    reasons = []
+    reason = ""
     for run in runs.drop_duplicates(["method", "dataset", "backbone"]).head(4 if n else 0).itertuples():
         try:
             return f"{run.method}, {run.dataset}, {run.backbone}, seed {run.seed}", predict(run.folder, n)
         except Exception as error:  # noqa: BLE001 (the report does without, whatever the reason)
-            reasons.append(f"{run.folder}: {' '.join(str(error).split())}")
-    for reason in reasons[:1]:
+            reason = reason or f"{run.folder}: {' '.join(str(error).split())}"
+    if reason:
         print(f"no example predictions (--predictions): {reason}", file=sys.stderr)
     return "", []
 
@@ -171,11 +171,10 @@ def predict(folder: str, n: int) -> list[tuple[bytes, str]]:
         raise ValueError("none of its test images can be read")
     pictures = []
     for explanation in sorted(found, key=lambda explanation: explanation.selected == 0)[:n]:
-        drawn, buffer, path = explanation.draw(), io.BytesIO(), explanation.prediction.path
-        drawn.savefig(buffer, dpi=100) if isinstance(drawn, Figure) else drawn.save(buffer, "png")
-        name, predicted = "/".join(Path(path).parts[-2:]), explanation.prediction.classes[0]
+        buffer, path, predicted = io.BytesIO(), explanation.prediction.path, explanation.prediction.classes[0]
+        explanation.draw().save(buffer, "png")
         verdict = "right" if predicted == truth[path] else "wrong"
-        pictures.append((buffer.getvalue(), f"{name}: {verdict}, {predicted}"))
+        pictures.append((buffer.getvalue(), f"{'/'.join(Path(path).parts[-2:])}: {verdict}, {predicted}"))
     return pictures
 
 
@@ -193,9 +192,8 @@ def page(report: Report, figure_files: dict[str, bytes], run: str, pictures: lis
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=style)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help=f"folders searched for {NAME}")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds that every cell must have")

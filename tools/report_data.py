@@ -39,7 +39,6 @@ ABOUT = {
 FREE_KEYS = ("SEED", "OUTPUT_DIR", "RESUME", "VERBOSE", "USE_CUDA", "DATASET.ROOT", "DATALOADER.NUM_WORKERS")
 FREE_KEYS += ("TRAIN.", "TEST.")
 H = np.vectorize(harmonic_mean, otypes=[float])
-
 PAPER_SHOTS = "16 shots"
 PAPER = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 PUBLISHED = {  # kind -> data sets and "average" by (method, column)
@@ -80,8 +79,6 @@ def published_value(kind: str, method: str, datasets: Sequence[str], column: str
 
 
 class Run(NamedTuple):
-    """One finished run."""
-
     folder: str
     kind: str  # of TITLES
     scope: str  # the source of a transfer, the setting of an ablation, else empty
@@ -129,8 +126,8 @@ def kind_and_scope(folder: Path, subset: str) -> tuple[str, str]:
 def read_run(folder: Path) -> Optional[Run]:
     """A finished run; None if it was not tested. Raises ValueError, KeyError, TypeError."""
     settings, folder = {}, folder.resolve()
-    if (folder / "config.yaml").exists():
-        text = (folder / "config.yaml").read_text(encoding="utf-8")
+    if (file := folder / "config.yaml").exists():
+        text = file.read_text(encoding="utf-8")
         fast = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml; it crashes on deeply nested text
         loader = fast if len(text) < 20_000 else yaml.SafeLoader  # a config takes 3,000
         content = yaml.load(text, Loader=loader)
@@ -158,26 +155,24 @@ def read_run(folder: Path) -> Optional[Run]:
 
 def read_runs(roots: Sequence[Path], seeds: Sequence[int]) -> tuple[pd.DataFrame, list[str], list[str]]:
     """Runs, a row each; what makes the report incomplete; notes. UserError for a missing folder or a run in two."""
-    folders = find_runs(roots)
+    folders, notes, found = find_runs(roots), [], []
     gaps = [f"unfinished: {folder} has no {NAME}" for folder in folders if not (folder / NAME).exists()]
-    notes, found = [], []
-    for folder in folders:
+    for folder in filter(lambda folder: (folder / NAME).exists(), folders):
         try:
-            run = read_run(folder) if (folder / NAME).exists() else None
+            run = read_run(folder)
         except (OSError, KeyError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
             why = f" has no {error}" if isinstance(error, KeyError) else f": {' '.join(str(error).split())}"
             gaps.append(f"damaged: {folder / NAME}{why}")
             continue
         if run is None:
-            notes += [f"left out: {folder} has no accuracy on test images"] * (folder / NAME).exists()
+            notes.append(f"left out: {folder} has no accuracy on test images")
         elif run.seed not in seeds and run.learned:
             notes.append(f"left out: {folder} has seed {run.seed}, which is not among --seeds")
         else:
             found.append(run)
             notes += [f"collapsed: the training of {folder}"] * run.collapsed
     runs = pd.DataFrame(found, columns=list(Run._fields))
-    same = [list(group.folder) for _, group in runs.groupby(IDENTITY, sort=False) if len(group) > 1]
-    if same:
+    if same := [list(group.folder) for _, group in runs.groupby(IDENTITY, sort=False) if len(group) > 1]:
         raise UserError(*(f"the same run {len(f)} times: {', '.join(f)}; name the folder of one" for f in same))
     for _, group in runs.groupby([name for name in IDENTITY if name != "seed"], sort=False):
         first, a = group.folder.iloc[0], group.settings.iloc[0]
@@ -200,10 +195,8 @@ class Table(NamedTuple):
 
 
 class Report(NamedTuple):
-    """All tables of some runs; gaps make it incomplete, notes do not."""
-
     runs: pd.DataFrame
-    gaps: list[str]
+    gaps: list[str]  # what makes it incomplete
     notes: list[str]
     seeds: Sequence[int]
     tables: list[Table]
@@ -253,7 +246,6 @@ def setting_table(runs: pd.DataFrame, report: Report) -> Table:
     if kind == "few_shot":  # an untrained method has the same accuracy with all shots
         untrained = ~values.index.get_level_values("row").map(info.learned).to_numpy(bool)
         values[untrained] = values[untrained].ffill(axis=1).bfill(axis=1)
-
     # Methods in the paper's order, then others, then LoGoPrompt; the source of a transfer before other data sets.
     last = len(PLACES)
     rows = sorted(info.index, key=lambda r: (r.startswith("LoGoPrompt"), PLACES.get(info.method[r], last), r))
@@ -263,14 +255,12 @@ def setting_table(runs: pd.DataFrame, report: Report) -> Table:
     averaged = [d for d in averaged if d in PLACES] or averaged
     members = {dataset: [dataset] for dataset in datasets}
     if len(averaged) > 1:
-        average = f"Average of {len(averaged)} data sets"
+        members = {f"Average of {len(averaged)} data sets": averaged, **members}
         groups = values.loc[averaged].groupby(level=["row", "seed"])
         means = groups.mean().where(groups.count() == len(averaged))  # of the seeds that all data sets have
-        values = pd.concat([pd.concat({average: means}, names=["section"]), values])
-        members = {average: averaged, **members}
+        values = pd.concat([pd.concat({next(iter(members)): means}, names=["section"]), values])
     if kind == "base2new":
         values["H"] = H(values.base, values.new)
-
     backbone, notes = PAPER.get(kind, {}).get("backbone", ""), [ABOUT[kind]] if kind in ABOUT else []
     same = {row for row in rows if same_backbone(info.backbone[row], backbone)}
     others = sorted(set(info.backbone.drop(same)))
@@ -345,5 +335,4 @@ def make_cells(values: pd.DataFrame, rows: list, learned: pd.Series, published: 
 
 
 def text(values: pd.Series, form: str) -> pd.Series:
-    """Formatted numbers; NaN is empty."""
     return values.map(form.format).where(values.notna(), "")

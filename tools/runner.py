@@ -21,12 +21,7 @@ ROOT = Path(train.__file__).parent
 def arguments(
     trainer: str, dataset: str, config: str, root: Path, folder: Path, seed: int, subset: str, flags: Sequence[str] = ()
 ) -> list[str]:
-    """``train.py``'s arguments; KEY VALUE pairs may follow.
-
-    Args:
-        dataset, config: files in ``configs/datasets`` and ``configs/trainers/<trainer>``, without ``.yaml``.
-        subset: all, base or new.
-    """
+    """``train.py``'s arguments, without KEY VALUE pairs; ``dataset`` and ``config`` are files without ``.yaml``."""
     method = "CoOp" if trainer == "ZeroshotCLIP" else trainer  # as in CoOp: it has no settings of its own
     return [
         *("--root", str(root), "--seed", str(seed), "--trainer", trainer, "--output-dir", str(folder)),
@@ -50,15 +45,10 @@ class EpochLines(io.StringIO):
 
 
 def run(argv: Sequence[str], progress: bool = False) -> dict[str, Any]:
-    """One run, silent or with a line per epoch; the rest is in its ``log.txt``. Returns its ``results.json``.
-
-    Raises:
-        SystemExit: it failed; the reason is on stderr.
-    """
+    """One run, silent or with a line per epoch. Returns its ``results.json``; raises SystemExit if it failed."""
     with redirect_stdout(EpochLines() if progress else io.StringIO()):
-        status = train.main(argv)
-    if status:
-        raise SystemExit(status)
+        if status := train.main(argv):
+            raise SystemExit(status)
     return read_results(argv[argv.index("--output-dir") + 1])
 
 

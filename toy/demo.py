@@ -1,8 +1,7 @@
 """The method on the embedded world, in minutes, with nothing but the Python packages: ``make demo``.
 
-Zero-shot CLIP, CoOp and LoGoPrompt are trained on the base classes of "Shapes" and tested on base and new classes. Into
-``output/demo/`` go a table, a bar chart, a contact sheet of class-conditional images with what was selected, and the
-run folders. KEY VALUE pairs overrule the configs.
+Trains CoOp and LoGoPrompt on the base classes of "Shapes" and tests them and zero-shot CLIP on base and new classes.
+Writes a table, a bar chart, a contact sheet of class-conditional images and the run folders into ``output/demo/``.
 """
 
 from __future__ import annotations
@@ -28,18 +27,17 @@ from trainers.prompting.errors import UserError
 from trainers.prompting.results import harmonic_mean, write_text
 
 plt.switch_backend("Agg")
-DATASET, CONFIG = "shapes", "tiny96_ep10_ctxv1"
+DATASET = "shapes"
 COLOURS = {"ZeroshotCLIP": "#9aa5b1", "CoOp": "#4c86c6", "LoGoPrompt": "#d1495b"}
 ROWS, EXPLAINED = 6, 200  # of the contact sheet, and images that it chooses from
 
 
 def base_to_new(method: str, root: Path, folder: Path, seed: int, opts: Sequence[str]) -> list[float]:
     """Train on the base classes and test on base and new: their accuracies in percent, and H."""
-    accuracies = []
-    for subset in ("base", "new"):
-        flags = ("--eval-only", "--model-dir", str(folder / "base")) if subset == "new" else ()
+    accuracies, test = [], ("--eval-only", "--model-dir", str(folder / "base"))
+    for subset, flags in (("base", ()), ("new", test)):
         flags = ("--eval-only",) if method == "ZeroshotCLIP" else flags
-        argv = arguments(method, DATASET, CONFIG, root, folder / subset, seed, subset, flags)
+        argv = arguments(method, DATASET, "tiny96_ep10_ctxv1", root, folder / subset, seed, subset, flags)
         accuracies.append(run([*argv, *opts], progress=True)["metrics"]["accuracy"])
     return [*accuracies, harmonic_mean(*accuracies)]
 
@@ -56,10 +54,7 @@ def bar_chart(table: pd.DataFrame, path: Path) -> None:
 
 
 def contact_sheet(run_folder: Path, path: Path) -> None:
-    """Test images with their candidates' class-conditional images, and a frame around the selected one.
-
-    Half of the rows are images whose prediction the selection changed, as far as there are any.
-    """
+    """Test images with their candidates' class-conditional images; the selection changed up to half of them."""
     predictor = Predictor(run_folder)
     classnames, images = survey(predictor.cfg)
     images = images[:: max(1, len(images) // EXPLAINED)]
@@ -106,8 +101,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     print(f"\n{text}\n\n{time.time() - started:.0f} s; seed {args.seed}, {DATASET}, embedded CLIP (tiny)")
     print('What these numbers mean: README.md, "The embedded world"')
-    for name in ("table.md", "chart.png", "class_conditional.png", "runs"):
-        print(relative(output / name))
+    print(*(relative(output / name) for name in ("table.md", "chart.png", "class_conditional.png", "runs")), sep="\n")
     return 0
 
 

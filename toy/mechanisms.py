@@ -3,23 +3,20 @@
     python toy/mechanisms.py                # everything; finished runs are not repeated
     python toy/mechanisms.py --only loss k  # see --help for the names
 
-Settings are compared base-to-new on "Shapes" with the embedded CLIP over several seeds, and "shift" from "Shapes" to
-"ShapesShifted". The experiment "loss" chooses the form of the loss and the learning rates on validation images of the
-base classes; all other tables are test accuracies with the values in the configs.
+Settings are compared base-to-new on "Shapes" over several seeds; "shift" goes from "Shapes" to "ShapesShifted". "loss"
+chooses the form of the loss and the learning rates on validation images of the base classes.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import itertools
 import os
 import sys
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -29,17 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from runner import ROOT, arguments, relative, run  # isort: skip (makes `import dassl` work)
 import pandas as pd
 import torch
-from dassl.data.datasets import build_dataset
 from tqdm import tqdm
 
 import train
 from trainers.prompting.errors import UserError
 from trainers.prompting.results import harmonic_mean, is_finished, read_results, write_text
 
-# Subset that is trained on, and what is tested: column -> (data set, None: the trained one; subset).
+# Subset that is trained on, and what is tested: column -> (subset, data set unless it is the trained one).
 PROTOCOLS = {
-    "base2new": ("base", {"base": (None, "base"), "new": (None, "new")}),
-    "shift": ("all", {"source": (None, "all"), "ShapesShifted": ("shapes_shifted", "all")}),
+    "base2new": ("base", {"base": ("base", None), "new": ("new", None)}),
+    "shift": ("all", {"source": ("all", None), "ShapesShifted": ("all", "shapes_shifted")}),
 }
 
 
@@ -51,23 +47,19 @@ class Row(NamedTuple):  # one setting of an experiment
     protocol: str = "base2new"
 
 
-def logo(label: str, **options: Any) -> Row:
-    """LoGoPrompt with some of its keys."""
-    return Row(label, opts=sum(((f"TRAINER.LOGOPROMPT.{key}", str(value)) for key, value in options.items()), ()))
-
-
 def experiments(rates: Sequence[str]) -> dict[str, tuple[str, list[Row]]]:
     """Title and rows of every experiment; the shipped setting has no options."""
-    ours = Row("LoGoPrompt as shipped")
-    methods = [Row("ZeroshotCLIP", "ZeroshotCLIP"), Row("CoOp", "CoOp"), ours]
-    forms = [logo("infonce", LOSS="infonce"), logo("paper", LOSS="paper"), methods[1]]
-    loss = [
-        form._replace(label=f"{form.label}, lr {rate}", opts=(*form.opts, "OPTIM.LR", rate), split="val")
-        for form, rate in itertools.product(forms, rates)
-    ]
+
+    def logo(label: str, **options: Any) -> Row:
+        return Row(label, opts=sum(((f"TRAINER.LOGOPROMPT.{key}", str(v)) for key, v in options.items()), ()))
+
+    ours, coop = Row("LoGoPrompt as shipped"), Row("CoOp", "CoOp")
+    methods = [Row("ZeroshotCLIP", "ZeroshotCLIP"), coop, ours]
+    forms = product([logo("infonce", LOSS="infonce"), logo("paper", LOSS="paper"), coop], rates)
+    loss = [Row(f"{r.label}, lr {rate}", r.trainer, (*r.opts, "OPTIM.LR", rate), "val") for r, rate in forms]
     parts = [
         logo(f"{text}{', tunable' * tune}{', adapter' * adapter}", TEXT_PROMPT=text, TUNE_VISUAL=tune, ADAPTER=adapter)
-        for text, tune, adapter in itertools.product(("generic", "two_stage"), (False, True), (False, True))
+        for text, tune, adapter in product(("generic", "two_stage"), (False, True), (False, True))
     ]
     uses = [logo(use, VISUAL_PROMPT=use) for use in ("none", "text_augmentation", "paired")]
     heights = [logo("h = H/14", BLOCK_HEIGHT=1 / 14), logo("h = 2H/7", BLOCK_HEIGHT=2 / 7)]
@@ -84,29 +76,26 @@ def experiments(rates: Sequence[str]) -> dict[str, tuple[str, list[Row]]]:
     }
 
 
-def words(args: argparse.Namespace, row: Row, folder: Path, seed: int, where: tuple, *flags: str) -> list[str]:
-    """``train.py``'s arguments of a run on (data set, subset)."""
-    argv = arguments(row.trainer, where[0] or args.dataset, args.config, args.data, folder, seed, where[1], flags)
-    return [*argv, "DATALOADER.NUM_WORKERS", "0", *row.opts, *args.opts]
-
-
 def measure(args: argparse.Namespace, row: Row, seed: int) -> dict[str, Any]:
     """Train a row with one seed and test it: accuracies by column. Finished runs with the same settings are reused."""
     trained, tested = PROTOCOLS[row.protocol]
-    config = train.setup_cfg(train.parse_args(words(args, row, args.output, seed, (None, trained)))).dump()
+
+    def words(folder: Path, subset: str, dataset: Optional[str] = None, flags: Sequence[str] = ()) -> list[str]:
+        argv = arguments(row.trainer, dataset or args.dataset, args.config, args.data, folder, seed, subset, flags)
+        return [*argv, "DATALOADER.NUM_WORKERS", "0", *row.opts, *args.opts]
+
+    config = train.setup_cfg(train.parse_args(words(args.output, trained))).dump()
     folder, found = args.output / f"{row.trainer}-seed{seed}-{row.protocol}-{zlib.crc32(config.encode()):08x}", {}
-
-    def result(name: str, where: tuple, flags: Sequence[str], *opts: str) -> dict[str, Any]:
-        path = folder / name
-        return read_results(path) if is_finished(path) else run([*words(args, row, path, seed, where, *flags), *opts])
-
     flags = ["--eval-only"]
     if row.trainer != "ZeroshotCLIP":
-        found["collapsed"] = result("train", (None, trained), (), "TEST.NO_TEST", "True")["run"]["collapsed"]
-        flags += ["--model-dir", str(folder / "train")]
-    for column, where in tested.items():  # NUM_SHOTS 0: all validation images, not four per class
-        opts = ("DATASET.NUM_SHOTS", "0", "TEST.SPLIT", row.split)
-        results = result(f"{row.split}_{column}", where, flags, *opts)
+        path = folder / "train"
+        results = read_results(path) if is_finished(path) else run([*words(path, trained), "TEST.NO_TEST", "True"])
+        found["collapsed"] = results["run"]["collapsed"]
+        flags += ["--model-dir", str(path)]
+    opts = ("DATASET.NUM_SHOTS", "0", "TEST.SPLIT", row.split)  # 0: all validation images, not four per class
+    for column, where in tested.items():
+        path = folder / f"{row.split}_{column}"
+        results = read_results(path) if is_finished(path) else run([*words(path, *where, flags), *opts])
         found[column], found["images"] = results["metrics"]["accuracy"], results["images"]
     return {**found, "H": harmonic_mean(found["base"], found["new"])} if row.protocol == "base2new" else found
 
@@ -125,12 +114,12 @@ def choice(runs: pd.DataFrame) -> str:
     """The smallest learning rate within one standard error of the best, on validation images of the base classes."""
     lines, mean, n = [], runs.groupby("label", sort=False)["base"].mean(), runs["images"].iloc[0]
     for _, accuracy in mean.groupby(mean.index.str.startswith("CoOp")):
-        best, highest = accuracy.idxmax(), accuracy.max()
+        highest = accuracy.max()
         error = (highest * (100 - highest) / n) ** 0.5
         near = accuracy[accuracy >= highest - error].sort_values(ascending=False, kind="stable")
         chosen = min(near.index, key=lambda label: float(label.split()[-1]))
         where = f"on the {n} validation images of the base classes ({highest:.2f}, standard error {error:.2f})"
-        lines.append(f"Best {where}: {best}; chosen: {chosen} ({near[chosen]:.2f}).")
+        lines.append(f"Best {where}: {accuracy.idxmax()}; chosen: {chosen} ({near[chosen]:.2f}).")
     return "\n\n".join(lines)
 
 
@@ -151,24 +140,21 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser.parse_args(argv)
     args.output, args.data = args.output.resolve(), (args.data or args.output / "data").resolve()
     chosen = {name: experiments(args.rates)[name] for name in args.only}
-    jobs = list({(r._replace(label=""), seed): 0 for _, rows in chosen.values() for r in rows for seed in args.seeds})
-    sections = []
+    jobs = {n: [(r._replace(label=""), seed) for r in rows for seed in args.seeds] for n, (_, rows) in chosen.items()}
+    todo = list(dict.fromkeys(sum(jobs.values(), [])))
     try:
-        for dataset in {None, *(["shapes_shifted"] if "shift" in chosen else [])}:  # drawn once, before all runs
-            with redirect_stdout(io.StringIO()):
-                argv = words(args, Row("", "ZeroshotCLIP"), args.output, 1, (dataset, "all"))
-                build_dataset(train.setup_cfg(train.parse_args(argv)))
         with ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            runs = (pool.map if args.jobs > 1 else map)(partial(measure, args), *zip(*jobs))
-            found = dict(zip(jobs, tqdm(runs, "runs", len(jobs))))
+            runs = (pool.map if args.jobs > 1 else map)(partial(measure, args), *zip(*todo))
+            found = dict(zip(todo, tqdm(runs, "runs", len(todo), disable=None)))
     except (UserError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    sections = [f"Seeds {args.seeds}; mean ± standard deviation, percent."]
     for name, (title, rows) in chosen.items():
-        keys = [(row, seed) for row in rows for seed in args.seeds]
-        frame = pd.DataFrame([{"label": row.label, **found[row._replace(label=""), seed]} for row, seed in keys])
+        labels = [row.label for row in rows for _ in args.seeds]
+        frame = pd.DataFrame([{"label": label, **found[job]} for label, job in zip(labels, jobs[name])])
         sections += [f"## {title}", table(frame), *([choice(frame)] if name == "loss" else [])]
-    text = "\n\n".join([f"Seeds {args.seeds}; mean ± standard deviation, percent.", *sections])
+    text = "\n\n".join(sections)
     path = args.output / ("tables.md" if args.only == names else f"tables_{'_'.join(args.only)}.md")
     write_text(str(path), f"{text}\n")
     print(f"{text}\n\n{relative(path)}")

@@ -3,8 +3,8 @@
     python toy/pretrain.py --out toy/tiny_clip.pt
 
 Contrastive pre-training as in CLIP, in OpenAI's architecture and state-dict layout. The model sees the kinds of
-``drawing.py``, never in the styles of the data sets, and words, alone and written on drawings: like the real CLIP it
-recognises objects and reads. Runs with the same seed give the same weights on one machine.
+``drawing.py``, never in the styles of the data sets, and words, alone and on drawings: it recognises objects and reads.
+Runs with the same seed give the same weights on one machine.
 """
 
 from __future__ import annotations
@@ -48,12 +48,10 @@ TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "lay
 EMBED_DIM = 128
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PRETRAINING_STYLES = ("flat", "outlined", "sketch", "striped", "shaded")
-
 FONT_FOLDER = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 FONTS = ("", *(f"DejaVuSans{v}.ttf" for v in ("", "-Bold", "-Oblique", "Mono", "Mono-Bold")), "DejaVuSerif.ttf",
          "DejaVuSerif-Bold.ttf", "STIXGeneral.ttf", "STIXGeneralBol.ttf", "cmss10.ttf", "cmtt10.ttf")  # fmt: skip
 UNSEEN_FONT = "DejaVuSerif-Italic.ttf"  # only ever read in the report
-
 SETTINGS = {"seed": 1, "steps": 3800, "second-steps": 1000, "batch-size": 256, "drawings": 40000, "lr": 1.5e-3,
             "second-lr": 5e-4, "warmup": 200, "weight-decay": 0.1, "workers": 2}  # fmt: skip
 
@@ -83,12 +81,14 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(FONT_FOLDER / name), size) if name else ImageFont.load_default(size)
 
 
-def _a(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
 def _pick(options: Sequence[str], random: RandomState) -> str:
     return str(options[random.randint(len(options))])
+
+
+def _caption(templates: Sequence[str], random: RandomState, word: str = "", colour: str = "", **nouns: str) -> str:
+    """Return a filled-in template; ``nouns`` get an article."""
+    nouns = {key: f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}" for key, noun in nouns.items()}
+    return _pick(templates, random).format(word=word, colour=colour, **nouns)
 
 
 def write(image: Image.Image, word: str, random: RandomState) -> str:
@@ -115,14 +115,6 @@ def write(image: Image.Image, word: str, random: RandomState) -> str:
     y += (height - (bottom - top)) / 2
     pen.text((round(x - left), round(y - top)), text, fill=tuple(int(v) for v in ink), font=_font(font, size))
     return name
-
-
-def describe(kind: str, colour: str, fill: str, size: str, random: RandomState) -> str:
-    """Return a caption of a drawing."""
-    adjective = {"stripes": "striped", "gradient": "shaded", "outlined": "outlined"}.get(fill, "")
-    detailed = " ".join(filter(None, (size, colour, adjective, kind)))
-    template = _pick(DRAWING_CAPTIONS, random)
-    return template.format(kind=_a(kind), coloured=_a(f"{colour} {kind}"), detailed=_a(detailed))
 
 
 def drawings(n: int, seed: int) -> tuple[np.ndarray, list[tuple[str, str, str, str]]]:
@@ -156,18 +148,20 @@ class Samples(Dataset):
     def _object(self, show: int, mentioned: float, random: RandomState) -> tuple[Image.Image, str]:
         """Return a drawing, flipped and cropped since it is seen many times, perhaps with a word on it."""
         i = random.randint(len(self.images))
-        image, facts = Image.fromarray(self.images[i]), self.facts[i]
+        image, (kind, colour, fill, size) = Image.fromarray(self.images[i]), self.facts[i]
         if random.rand() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         side = SIZE * random.uniform(0.75, 1)
         left, top = random.uniform(0, SIZE - side, 2)
         image = image.resize((SIZE, SIZE), Image.BILINEAR, box=(left, top, left + side, top + side))
-        caption, kind = describe(*facts, random), facts[0]
+        adjective = {"stripes": "striped", "gradient": "shaded", "outlined": "outlined"}.get(fill, "")
+        detailed = " ".join(filter(None, (size, colour, adjective, kind)))
+        caption = _caption(DRAWING_CAPTIONS, random, kind=kind, coloured=f"{colour} {kind}", detailed=detailed)
         if show in (NAMED_OBJECT, LABELLED_OBJECT):
             word = kind if show == NAMED_OBJECT else self._any_word(random)
             write(image, word, random)
             if word != kind and random.rand() < mentioned:
-                caption = _pick(LABELLED_CAPTIONS, random).format(kind=_a(kind), word=word)
+                caption = _caption(LABELLED_CAPTIONS, random, word, kind=kind)
         return image, caption
 
     def _word(self, random: RandomState) -> tuple[Image.Image, str]:
@@ -177,7 +171,7 @@ class Samples(Dataset):
         cells = random.randint(0, 256, (random.randint(2, 8), 2, 1)) / 255 * shade + first
         image = Image.fromarray(cells.astype(np.uint8)).resize((SIZE, SIZE), Image.BICUBIC)
         colour = write(image, word, random)
-        return image, _pick(WORD_CAPTIONS, random).format(word=word, colour=colour, thing=_a(word))
+        return image, _caption(WORD_CAPTIONS, random, word, colour, thing=word)
 
     def _any_word(self, random: RandomState) -> str:
         return _pick(self.kinds if random.rand() < CLASS_NAME_SHARE else self.words, random)
@@ -290,7 +284,7 @@ def report(path: str, seed: int, n: int = 2000) -> dict[str, float]:
 def sheet(path: str, seed: int, columns: int = 12) -> None:
     """Plot what pre-training sees, a row for each style and one for words, above the two styles it never sees."""
     random = RandomState([seed, 7])
-    kinds = [str(kind) for kind in random.permutation(list(KINDS))[:columns]]
+    kinds = random.permutation(list(KINDS))[:columns].tolist()
     samples = Samples(*drawings(4 * columns, seed), seed, 40 * columns, 0)
     with_words = (image for image, caption in samples if "word" in caption)
     rows = {f"pre-training\n{style}": style for style in PRETRAINING_STYLES}

@@ -7,13 +7,8 @@
 TRAINER=${TRAINER:-CoCoOp}
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"
 
-if [ $# -lt 2 ]; then usage "bash ${BASH_SOURCE[0]} DATASET SEED [KEY VALUE ...]"; fi
-DATASET=$1 SEED=$2
-shift 2
-number SEED "$SEED"
-OPTS=("$@")
+arguments "DATASET SEED" "$@"
 if [ "$DATASET" = imagenet ]; then config imagenet vit_b16_ep50_ctxv1; else config "$DATASET" vit_b16_ctxv1; fi
 SUB=${SUB:-new} COMMON=$DATASET/shots_$SHOTS/$TRAINER/$CFG/seed$SEED
 run "$OUTPUT/base2new/test_$SUB/$COMMON" "$DATASET" "$SUB" \
-    --eval-only --model-dir "$OUTPUT/base2new/train_base/$COMMON" ${LOADEP:+--load-epoch "$LOADEP"} -- \
-    ${OPTS[@]+"${OPTS[@]}"}
+    --eval-only --model-dir "$OUTPUT/base2new/train_base/$COMMON" ${LOADEP:+--load-epoch "$LOADEP"}

@@ -7,10 +7,6 @@
 TRAINER=${TRAINER:-CoCoOp}
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"
 
-if [ $# -lt 2 ]; then usage "bash ${BASH_SOURCE[0]} DATASET SEED [KEY VALUE ...]"; fi
-DATASET=$1 SEED=$2
-shift 2
-number SEED "$SEED"
-OPTS=("$@")
+arguments "DATASET SEED" "$@"
 if [ "$DATASET" = imagenet ]; then config imagenet vit_b16_ep50_ctxv1; else config "$DATASET" vit_b16_ctxv1; fi
 learn "$OUTPUT/base2new/train_base/$DATASET/shots_$SHOTS/$TRAINER/$CFG/seed$SEED" "$DATASET" base

@@ -7,15 +7,10 @@
 TRAINER=${TRAINER:-CoCoOp}
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"
 
-if [ $# -lt 2 ]; then usage "bash ${BASH_SOURCE[0]} DATASET SEED [KEY VALUE ...]"; fi
-DATASET=$1 SEED=$2
-shift 2
-number SEED "$SEED"
-OPTS=("$@")
+arguments "DATASET SEED" "$@"
 SOURCE=${SOURCE:-imagenet}
 config "$SOURCE" vit_b16_ep50_ctxv1
 need "configs/datasets/$DATASET.yaml"
 SETTING=$TRAINER/${CFG}_${SHOTS}shots
 run "$OUTPUT/evaluation/$SETTING/$DATASET/seed$SEED" "$DATASET" all \
-    --eval-only --model-dir "$OUTPUT/$SOURCE/$SETTING/seed$SEED" ${LOADEP:+--load-epoch "$LOADEP"} -- \
-    ${OPTS[@]+"${OPTS[@]}"}
+    --eval-only --model-dir "$OUTPUT/$SOURCE/$SETTING/seed$SEED" ${LOADEP:+--load-epoch "$LOADEP"}

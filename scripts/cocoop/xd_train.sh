@@ -7,11 +7,7 @@
 TRAINER=${TRAINER:-CoCoOp}
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"
 
-if [ $# -lt 1 ]; then usage "bash ${BASH_SOURCE[0]} SEED [KEY VALUE ...]"; fi
-SEED=$1
-shift
-number SEED "$SEED"
-OPTS=("$@")
+arguments "SEED" "$@"
 SOURCE=${SOURCE:-imagenet}
 config "$SOURCE" vit_b16_ep50_ctxv1
 learn "$OUTPUT/$SOURCE/$TRAINER/${CFG}_${SHOTS}shots/seed$SEED" "$SOURCE" all

@@ -8,13 +8,13 @@
 TRAINER=CoOp CFG=${2:-}
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"
 
-if [ $# -lt 2 ]; then usage "bash ${BASH_SOURCE[0]} DATASET CFG [KEY VALUE ...]"; fi
-DATASET=$1 SOURCE=${SOURCE:-imagenet} NCTX=${NCTX:-16} CSC=${CSC:-False} CTP=${CTP:-end} LOADEP=${LOADEP-50}
-shift 2
+arguments "DATASET CFG" "$@"
+SOURCE=${SOURCE:-imagenet} NCTX=${NCTX:-16} CSC=${CSC:-False} CTP=${CTP:-end} LOADEP=${LOADEP-50}
 config "$DATASET" "$CFG"
 SETTING=${CFG}_${SHOTS}shots/nctx${NCTX}_csc${CSC}_ctp${CTP}
-for SEED in 1 2 3; do
+KEYS=(TRAINER.COOP.N_CTX "$NCTX" TRAINER.COOP.CSC "$CSC" TRAINER.COOP.CLASS_TOKEN_POSITION "$CTP")
+OPTS=("${KEYS[@]}" ${OPTS[@]+"${OPTS[@]}"})
+for SEED in $SEEDS; do
     run "$OUTPUT/evaluation/$TRAINER/$SETTING/$DATASET/seed$SEED" "$DATASET" all \
-        --eval-only --model-dir "$OUTPUT/$SOURCE/$TRAINER/$SETTING/seed$SEED" ${LOADEP:+--load-epoch "$LOADEP"} -- \
-        TRAINER.COOP.N_CTX "$NCTX" TRAINER.COOP.CSC "$CSC" TRAINER.COOP.CLASS_TOKEN_POSITION "$CTP" "$@"
+        --eval-only --model-dir "$OUTPUT/$SOURCE/$TRAINER/$SETTING/seed$SEED" ${LOADEP:+--load-epoch "$LOADEP"}
 done

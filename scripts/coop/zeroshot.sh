@@ -7,9 +7,8 @@
 TRAINER=${TRAINER:-ZeroshotCLIP} CFG=${2:-}
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"
 
-if [ $# -lt 2 ]; then usage "bash ${BASH_SOURCE[0]} DATASET CFG [KEY VALUE ...]"; fi
+arguments "DATASET CFG" "$@"
 if ! zero_shot; then fail "TRAINER $TRAINER: must be ZeroshotCLIP or ZeroshotCLIP2"; fi
-DATASET=$1 SEED=1
-shift 2
+SEED=1
 config "$DATASET" "$CFG"
-run "$OUTPUT/$TRAINER/$CFG/$DATASET" "$DATASET" all --eval-only -- "$@"
+run "$OUTPUT/$TRAINER/$CFG/$DATASET" "$DATASET" all --eval-only

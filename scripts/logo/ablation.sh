@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The rows of Table 4: use, size and place of the visual prompts, and number of context vectors. The paper runs them on
-# ImageNet with RN50 and 16 shots of all classes.
+# The rows of Table 4, which the paper runs on ImageNet with RN50 and 16 shots: use, size and place of the
+# visual prompts, and number of context vectors.
 #
 #   bash scripts/logo/ablation.sh DATASET [SEED] [KEY VALUE …]      without a seed: 1, 2 and 3
 #
@@ -8,7 +8,7 @@
 # row "shipped": selection, height 1/7, random place, and M = 16 with RN50.
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 
-arguments "bash ${BASH_SOURCE[0]} DATASET [SEED] [KEY VALUE ...]" DATASET SEED -- "$@"
+arguments "DATASET [SEED]" "$@"
 if [ "$TRAINER" != LoGoPrompt ]; then fail "TRAINER $TRAINER: these are ablations of LoGoPrompt; unset TRAINER"; fi
 if [ "$DATASET" = imagenet ]; then config imagenet rn50_ep50; else config "$DATASET" rn50; fi
 

@@ -15,7 +15,7 @@
 # Relative paths are relative to the current folder. Finished runs are skipped, and unfinished ones are resumed.
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 
-arguments "bash ${BASH_SOURCE[0]} DATASET [SEED] [KEY VALUE ...]" DATASET SEED -- "$@"
+arguments "DATASET [SEED]" "$@"
 # CoOp's schedule: 200 epochs for 16 shots, 50 on ImageNet
 if [ "$DATASET" = imagenet ]; then config imagenet vit_b16_ep50_ctxv1; else config "$DATASET" vit_b16_ctxv1; fi
 
@@ -26,6 +26,6 @@ for SEED in $SEEDS; do
     BASE_DIR=$OUTPUT/base2new/$FIRST/$COMMON
     NEW_DIR=$OUTPUT/base2new/test_new/$COMMON
     learn "$BASE_DIR" "$DATASET" base
-    run "$NEW_DIR" "$DATASET" new --eval-only --model-dir "$BASE_DIR" -- ${OPTS[@]+"${OPTS[@]}"}
+    run "$NEW_DIR" "$DATASET" new --eval-only --model-dir "$BASE_DIR"
     "$PYTHON" trainers/prompting/results.py "$BASE_DIR" "$NEW_DIR"
 done

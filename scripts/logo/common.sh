@@ -1,15 +1,5 @@
-# Shared by the scripts, which source it. Reads the environment (see base2new.sh), changes to the repository's root and
-# defines
-#   fail MESSAGE, usage "USAGE"          exit with status 2
-#   number NAME VALUE                    fail unless VALUE is a whole number of at least 1
-#   need FILE                            fail unless FILE exists
-#   arguments "USAGE" NAMES… -- WORDS…   parse the command line: set NAMES in their order, then SEEDS and OPTS
-#   config DATASET CFG                   set CFG unless the environment does; both files must exist
-#   finished DIR                         whether a run has results; damaged ones do not count
-#   run DIR DATASET SUBSET [FLAGS …] -- [KEY VALUE …]   one run of train.py, skipped if finished, resumed if not
-#   zero_shot                            whether TRAINER has nothing to train
-#   learn DIR DATASET SUBSET             run with OPTS; for zero-shot CLIP, evaluate only
-#   transfer KIND SOURCE TARGETS CFG     train on SOURCE, evaluate there and on the TARGETS
+# Shared by the scripts, which source it: reads the environment (see base2new.sh), changes to the repository's root and
+# defines functions.
 set -euo pipefail
 unset CDPATH
 
@@ -18,11 +8,6 @@ ROOT=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.." && pwd)
 
 fail() {
     echo "error: $1" >&2
-    exit 2
-}
-
-usage() {
-    echo "usage: $1" >&2
     exit 2
 }
 
@@ -56,33 +41,33 @@ number() {
     case $2 in '' | 0* | *[!0-9]*) fail "$1 $2: a whole number of at least 1 is required" ;; esac
 }
 
-# A word with a dot is the first KEY of the overrides.
+# arguments "NAMES" WORDS…: set NAMES in their order, the bracketed ones if they are given, then SEEDS and OPTS. A word
+# with a dot is the first KEY of the overrides.
 arguments() {
-    local usage=$1 name
-    shift
-    local names=()
-    while [ "$1" != -- ]; do names+=("$1"); shift; done
+    local names name
+    read -ra names <<< "$1"
+    local usage="bash $0 $1 [KEY VALUE ...]"
     shift
     SEEDS="1 2 3"
     for name in "${names[@]}"; do
-        if [ "$name" = DATASET ]; then
-            if [ $# -eq 0 ] || [[ $1 == *.* ]]; then usage "$usage"; fi
-            printf -v "$name" %s "$1"
-        elif [ $# -eq 0 ] || [[ $1 == *.* ]]; then
-            break
-        else
-            number "$name" "$1"
-            if [ "$name" = SEED ]; then SEEDS=$1; else printf -v "$name" %s "$1"; fi
+        if [ $# -eq 0 ] || [[ $1 == *.* ]]; then
+            if [[ $name == "["* ]]; then break; fi
+            echo "usage: $usage" >&2
+            exit 2
         fi
+        name=${name//[][]/}
+        case $name in SEED | SHOTS | NCTX) number "$name" "$1" ;; esac
+        printf -v "$name" %s "$1"
+        if [ "$name" = SEED ]; then SEEDS=$1; fi
         shift
     done
     OPTS=("$@")
 }
 
+# config DATASET CFG: set CFG unless the environment does
 config() {
     CFG=$2
-    # the toy world has its own CLIP
-    if [[ $1 == shapes* ]]; then CFG=tiny96_ep10_ctxv1; fi
+    if [[ $1 == shapes* ]]; then CFG=tiny96_ep10_ctxv1; fi # the toy world has its own CLIP
     # CoCoOp's config names include M and the batch size; all have 10 epochs
     case $TRAINER/$CFG in
         CoCoOp/vit_b16*) CFG=vit_b16_c4_ep10_batch1_ctxv1 ;;
@@ -98,16 +83,14 @@ need() {
     if [ ! -f "$1" ]; then fail "$ROOT/$1: no such file; check the data set, TRAINER and CFG"; fi
 }
 
-finished() { [ -f "$1/results.json" ] && "$PYTHON" trainers/prompting/results.py --finished "$1" > /dev/null; }
-
+# run DIR DATASET SUBSET [FLAGS …]: one run of train.py with OPTS, skipped if finished, resumed if not
 run() {
-    local dir=$1 dataset=$2 subset=$3 flags=()
+    local dir=$1 dataset=$2 subset=$3
     shift 3
-    while [ "$1" != -- ]; do flags+=("$1"); shift; done
-    shift
     # Everything that the folder's name does not tell, so that an old result is never mistaken for a new one.
     local config="configs/trainers/$CFG_DIR/$CFG.yaml" data="configs/datasets/$dataset.yaml" asked
-    asked="BACKBONE=$BACKBONE $data ($(cksum < "$data" | cut -d' ' -f1)) $config ($(cksum < "$config" | cut -d' ' -f1)) $*"
+    asked="BACKBONE=$BACKBONE $data ($(cksum < "$data" | cut -d' ' -f1))"
+    asked+=" $config ($(cksum < "$config" | cut -d' ' -f1)) ${OPTS[*]-}"
     # One script at a time, so that asked.txt belongs to the run in this folder. train.py has its own lock.
     mkdir -p "$dir" || exit 2
     if [ -w "$dir" ]; then
@@ -121,7 +104,7 @@ run() {
             fail "$dir belongs to another run ($(cat "$dir/asked.txt" 2> /dev/null), now $asked): set OUTPUT or delete it"
         fi
     fi
-    if finished "$dir"; then
+    if [ -f "$dir/results.json" ] && "$PYTHON" trainers/prompting/results.py --finished "$dir" > /dev/null; then
         echo "finished before, skipped: $dir"
         return
     fi
@@ -129,30 +112,17 @@ run() {
     # Written under another name first, so that a full disk cannot truncate it.
     printf '%s\n' "$asked" 2> /dev/null > "$dir/.asked.tmp" || fail "$dir/asked.txt cannot be written: is the disk full?"
     mv -f "$dir/.asked.tmp" "$dir/asked.txt"
-    "$PYTHON" train.py \
-        --root "$DATA" \
-        --seed "$SEED" \
-        --trainer "$TRAINER" \
-        ${BACKBONE:+--backbone "$BACKBONE"} \
-        --dataset-config-file "$data" \
-        --config-file "$config" \
-        --output-dir "$dir" \
-        ${flags[@]+"${flags[@]}"} \
-        DATASET.NUM_SHOTS "$SHOTS" \
-        DATASET.SUBSAMPLE_CLASSES "$subset" \
-        TEST.FEATURES "$FEATURES" \
-        "$@" 9>&-
+    "$PYTHON" train.py --root "$DATA" --seed "$SEED" --trainer "$TRAINER" ${BACKBONE:+--backbone "$BACKBONE"} \
+        --dataset-config-file "$data" --config-file "$config" --output-dir "$dir" "$@" \
+        DATASET.NUM_SHOTS "$SHOTS" DATASET.SUBSAMPLE_CLASSES "$subset" TEST.FEATURES "$FEATURES" \
+        ${OPTS[@]+"${OPTS[@]}"} 9>&-
     exec 9>&-
 }
 
-learn() {
-    if zero_shot; then
-        run "$1" "$2" "$3" --eval-only -- ${OPTS[@]+"${OPTS[@]}"}
-    else
-        run "$1" "$2" "$3" -- ${OPTS[@]+"${OPTS[@]}"}
-    fi
-}
+# learn DIR DATASET SUBSET: run; for zero-shot CLIP, evaluate only
+learn() { if zero_shot; then run "$@" --eval-only; else run "$@"; fi; }
 
+# transfer KIND SOURCE TARGETS CFG: train on SOURCE, evaluate there and on the TARGETS
 transfer() {
     local kind=$1 source=$2 targets=$3 target folder common
     config "$source" "$4"
@@ -163,8 +133,7 @@ transfer() {
         learn "$folder/$source/$common" "$source" all
         for target in $targets; do
             if [ "$target" = "$source" ]; then continue; fi
-            run "$folder/$target/$common" "$target" all \
-                --eval-only --model-dir "$folder/$source/$common" -- ${OPTS[@]+"${OPTS[@]}"}
+            run "$folder/$target/$common" "$target" all --eval-only --model-dir "$folder/$source/$common"
         done
     done
 }

@@ -6,6 +6,6 @@
 # Environment: as for base2new.sh, plus SOURCE (default imagenet) and TARGETS (default the other ten data sets).
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 
-arguments "bash ${BASH_SOURCE[0]} [SEED] [KEY VALUE ...]" SEED -- "$@"
+arguments "[SEED]" "$@"
 ELEVEN="imagenet caltech101 oxford_pets stanford_cars oxford_flowers food101 fgvc_aircraft sun397 dtd eurosat ucf101"
 transfer cross_dataset "${SOURCE:-imagenet}" "${TARGETS:-$ELEVEN}" vit_b16_ep50_ctxv1

@@ -7,6 +7,6 @@
 # In the toy world: SOURCE=shapes TARGETS=shapes_shifted.
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 
-arguments "bash ${BASH_SOURCE[0]} [SEED] [KEY VALUE ...]" SEED -- "$@"
+arguments "[SEED]" "$@"
 transfer domain_generalization "${SOURCE:-imagenet}" \
     "${TARGETS:-imagenetv2 imagenet_sketch imagenet_a imagenet_r}" vit_b16_ep50_ctxv1

@@ -8,7 +8,7 @@ ALL_SHOTS=${SHOTS:-1 2 4 8 16}
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/common.sh"
 
 SHOTS=$ALL_SHOTS
-arguments "bash ${BASH_SOURCE[0]} DATASET [SHOTS [SEED]] [KEY VALUE ...]" DATASET SHOTS SEED -- "$@"
+arguments "DATASET [SHOTS [SEED]]" "$@"
 for SHOTS in $SHOTS; do
     # CoOp's schedule
     case $DATASET/$SHOTS in
