@@ -209,8 +209,8 @@ def blocks_of(options: CfgNode, classnames: Sequence[str], image_size: int) -> t
 class VisualPrompts(nn.Module):
     """Tunable visual prompts: the pixels of the blocks as parameters (section 3.2.3).
 
-    ``pixels`` (C, 3, h, w), RGB in [0, 1], start from rendered blocks and belong to class names. In a checkpoint that meets
-    other classes, classes of the same name take its blocks and the others keep their rendered ones.
+    ``pixels`` (C, 3, h, w), RGB in [0, 1], belong to class names. When a checkpoint meets other classes, classes of the
+    same name take its blocks and the others keep their rendered ones.
     """
 
     per_class = ("pixels",)
