@@ -127,8 +127,7 @@ class Predictor:
         root: str = "",
         batch_size: Optional[int] = None,
     ) -> None:
-        model_dir = os.path.expanduser(model_dir)
-        cfg = self.cfg = run_config(model_dir)
+        cfg = self.cfg = run_config(model_dir := os.path.expanduser(model_dir))
         if root and not os.path.isdir(os.path.expanduser(root)):
             raise UserError(f"{root}: no such folder (--root)")
         cfg.DATASET.ROOT = root or cfg.DATASET.ROOT

@@ -56,8 +56,7 @@ class CacheAdapter(nn.Module):
 
     def affinity(self, image_features: torch.Tensor) -> torch.Tensor:
         """(…, E) of unit length -> (…, N) cosines with the keys."""
-        keys = nn.functional.normalize(self.keys, dim=-1)
-        return image_features.to(keys.dtype) @ keys.t()
+        return image_features.to(self.keys.dtype) @ nn.functional.normalize(self.keys, dim=-1).t()
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         """(…, E) image features of unit length -> (…, C), to be added to the logits."""
@@ -82,8 +81,8 @@ class CacheAdapter(nn.Module):
         alpha, beta = best = max(accuracy, key=accuracy.get)
         self.alpha.fill_(alpha)
         self.beta.fill_(beta)
-        chosen = f"alpha {alpha:g}, beta {beta:g}, chosen on {len(label)} validation images"
-        print(f"Adapter: {chosen} ({accuracy[best]:.1f} %)")
+        chosen = f"chosen on {len(label)} validation images ({accuracy[best]:.1f} %)"
+        print(f"Adapter: alpha {alpha:g}, beta {beta:g}, {chosen}")
 
     def remap_classes(self, state: dict[str, torch.Tensor], rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """Express a state dict of other classes in the current ones, see ``checkpoint.remap_state_to_classes``."""

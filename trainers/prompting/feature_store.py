@@ -32,8 +32,6 @@ SCHEMA = (
     "CREATE TABLE IF NOT EXISTS features (id INTEGER PRIMARY KEY, encoder INTEGER NOT NULL, key BLOB NOT NULL, "
     "value BLOB NOT NULL, UNIQUE (encoder, key))",
 )
-PAGES = "pragma_page_size, pragma_page_count, pragma_freelist_count"
-BYTES_IN_USE = f"SELECT page_size * (page_count - freelist_count) FROM {PAGES}"
 
 
 class NotAStore(Exception):
@@ -76,8 +74,7 @@ class FeatureStore:
     def __init__(self, path: str, encoder: bytes, name: str = "", limit: int = 4 * 2**30) -> None:
         self.path, self.limit, self.broken = path, limit, False
         self._buffer: list[tuple[bytes, bytes]] = []
-        self._blocks: Optional[torch.Tensor] = None
-        self._block_digests: dict[int, bytes] = {}
+        self._blocks, self._block_digests = None, {}
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         self._db = connect(path)
         with self._db:
@@ -146,7 +143,9 @@ class FeatureStore:
 
     def _evict(self) -> None:
         """Remove the oldest tenth of the rows until the limit is met; SQLite reuses their pages."""
-        while self._db.execute(BYTES_IN_USE).fetchone()[0] > self.limit:
+        pages = "pragma_page_size, pragma_page_count, pragma_freelist_count"
+        in_use = f"SELECT page_size * (page_count - freelist_count) FROM {pages}"  # bytes
+        while self._db.execute(in_use).fetchone()[0] > self.limit:
             first, last = self._db.execute("SELECT min(id), max(id) FROM features").fetchone()
             if first is None:
                 break
@@ -158,8 +157,8 @@ class FeatureStore:
 
 
 def _to_bytes(feature: torch.Tensor) -> bytes:
-    half = feature.dtype == torch.float16
-    return (b"h" if half else b"f") + (feature if half else feature.float()).contiguous().numpy().tobytes()
+    kind, dtype = (b"h", torch.float16) if feature.dtype == torch.float16 else (b"f", torch.float32)
+    return kind + feature.to(dtype).contiguous().numpy().tobytes()
 
 
 def _from_bytes(value: bytes) -> torch.Tensor:

@@ -56,7 +56,6 @@ class PromptLearner(nn.Module):
             if n_ctx < 1:
                 raise UserError(f'CTX_INIT "{ctx_init}": it has no words; leave it empty for a random context')
             words = embed_tokens(backbone, tokens)[0][0, 1 : 1 + n_ctx]
-
         names = [clean_name(name) for name in classnames]
         suffixes = encode_tokens(backbone, [f"{name}." for name in names], reserved=n_ctx)
         embeddings, last = embed_tokens(backbone, suffixes)
@@ -90,7 +89,7 @@ class PromptLearner(nn.Module):
     def encoder_inputs(self) -> tuple[Tensor, ...]:
         """Arguments of :class:`TextEncoder` that encode all classes at the lowest cost.
 
-        When all classes share the tokens before their names: (C, S, D) names with full stop and [EOT], (C,) positions
+        Where all classes share the tokens before their names: (C, S, D) names with full stop and [EOT], (C,) positions
         of [EOT] in them, (1 + M, D) prefix. Otherwise the result of :meth:`forward`.
         """
         if self.ctx.dim() == 3 or self.order is not None:
@@ -121,8 +120,7 @@ class TwoStagePromptLearner(PromptLearner):
     """Class-specific contexts in two stages (section 3.2.3).
 
     Stage 1: a light MLP maps the text feature of a class's hand-made prompt to the M context vectors of that class.
-    Stage 2: the generated contexts of the training classes become free parameters. Classes that were not trained use
-    the context of stage 1, so the prompts serve any list of classes.
+    Stage 2: the generated contexts of the training classes become free parameters; others use the context of stage 1.
 
     The state dict holds ``meta_net`` (the MLP, of E / reduction hidden units), ``ctx`` (C, M, D) and ``trained`` (C,),
     which marks the classes that have a context of stage 2. The rows of the last two belong to class names: when a

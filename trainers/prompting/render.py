@@ -121,8 +121,7 @@ def _draw(text: str, height: int, width: int, typeface: _Typeface) -> tuple[torc
     size = size or SIZE_STEP
     boxes, offsets = _layout(lines, typeface.at(size))
     top, bottom = offsets[0] + boxes[0][1], offsets[-1] + boxes[-1][3]
-    image = Image.new("L", (width, height), 0)
-    canvas = ImageDraw.Draw(image)
+    canvas = ImageDraw.Draw(image := Image.new("L", (width, height), 0))
     y = (height - (bottom - top)) / 2 - top
     for line, box, offset in zip(lines, boxes, offsets):
         x = (width - (box[2] - box[0])) / 2 - box[0]
@@ -182,7 +181,7 @@ def draw_colours(classnames: Sequence[str], seed: int, min_contrast: float) -> t
 
 def contrast(first: Sequence[float], second: Sequence[float]) -> float:
     """Contrast ratio of two sRGB colours in [0, 1], from 1 (equal) to 21 (black on white), after WCAG 2."""
-    light, dark = sorted((_luminance(first), _luminance(second)), reverse=True)
+    dark, light = sorted(map(_luminance, (first, second)))
     return (light + 0.05) / (dark + 0.05)
 
 

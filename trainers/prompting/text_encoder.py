@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from .backbone import Backbone
 from .errors import UserError
 
+UNSCALED = nn.Identity()  # open_clip's blocks have a LayerScale, the identity for CLIP itself; OpenAI's have none
 MAX_PADDING_TOKENS = 64  # in a pass over the layers; beyond that prompts of other lengths get a pass of their own
 
 
@@ -72,15 +73,11 @@ class TextEncoder(nn.Module):
             prefix: (P, D) or (B, P, D) embeddings beginning with [SOS] that every prompt starts with; B of them make B
                 prompts of every class (CoCoOp: one prefix per image). Each is encoded once, whatever C is.
 
-        Returns:
-            (C, E) text features of unit length, (B, C, E) for B prefixes.
+        Returns (C, E) text features of unit length, (B, C, E) for B prefixes.
         """
         before = None if prefix is None else self._keys_and_values(prefix if prefix.dim() == 3 else prefix.unsqueeze(0))
-        last = eot.tolist()
-        passes = []
-        for bucket in length_buckets(last):
-            size = self.chunk or len(bucket)
-            passes += [bucket[i : i + size] for i in range(0, len(bucket), size)]
+        last, size = eot.tolist(), self.chunk or len(eot)
+        passes = [bucket[i : i + size] for bucket in length_buckets(last) for i in range(0, len(bucket), size)]
         encode = self._encode
         if self.chunk and len(passes) > 1 and torch.is_grad_enabled():
             encode = partial(checkpoint, self._encode, use_reentrant=False)
@@ -125,8 +122,8 @@ class TextEncoder(nn.Module):
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             attended = _attend(q, k, v, *before)
-        x = x + _scaled(block, "ls_1", block.attn.out_proj(attended.movedim(1, -2).flatten(-2)))
-        return x + _scaled(block, "ls_2", block.mlp(block.ln_2(x))), k, v
+        x = x + getattr(block, "ls_1", UNSCALED)(block.attn.out_proj(attended.movedim(1, -2).flatten(-2)))
+        return x + getattr(block, "ls_2", UNSCALED)(block.mlp(block.ln_2(x))), k, v
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, k_before: Tensor, v_before: Tensor) -> Tensor:
@@ -134,14 +131,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, k_before: Tensor, v_before: Tensor)
 
     One matrix product meets the prefix with the queries of all classes; its keys and values are not repeated.
     """
-    n, length, p = q.shape[2], q.shape[3], k_before.shape[2]
+    n, length = q.shape[2:4]
     q = (q * q.shape[-1] ** -0.5).contiguous()
     to_prefix = (q.flatten(2, 3) @ k_before.transpose(-1, -2)).unflatten(2, (n, length))  # (B, heads, C, S, P)
     later = torch.full((length, length), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
     to_own = q @ k.transpose(-1, -2) + later  # (B, heads, C, S, S)
     scores = torch.cat([to_prefix, to_own], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
-    to_prefix, to_own = weights.split([p, length], dim=-1)
+    to_prefix, to_own = weights.split([k_before.shape[2], length], dim=-1)
     return (to_prefix.flatten(2, 3) @ v_before).unflatten(2, (n, length)) + to_own @ v
 
 
@@ -150,21 +147,17 @@ def length_buckets(lengths: list[int]) -> list[list[int]]:
 
     A pass over the layers has a cost too, so each bucket accepts up to ``MAX_PADDING_TOKENS`` tokens of padding.
     """
-    passes: list[list[int]] = []
+    buckets: list[list[int]] = []
     padding = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        shorter = lengths[passes[-1][0]] - lengths[i] if passes else 0
-        if not passes or (shorter and padding + shorter > MAX_PADDING_TOKENS):
-            passes.append([])
-            padding = shorter = 0
-        passes[-1].append(i)
-        padding += shorter
-    return passes
-
-
-def _scaled(block: nn.Module, name: str, x: Tensor) -> Tensor:
-    """open_clip's LayerScale, the identity for CLIP itself; OpenAI's block has none."""
-    return getattr(block, name)(x) if hasattr(block, name) else x
+        shorter = lengths[buckets[-1][0]] - lengths[i] if buckets else 0
+        if buckets and (not shorter or padding + shorter <= MAX_PADDING_TOKENS):
+            buckets[-1].append(i)
+            padding += shorter
+        else:
+            buckets.append([i])
+            padding = 0
+    return buckets
 
 
 @torch.no_grad()
