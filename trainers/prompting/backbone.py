@@ -207,7 +207,7 @@ def _from_state_dict(state_dict: dict[str, torch.Tensor], name: str, provider: s
     else:
         build = importlib.import_module("open_clip.model").build_model_from_openai_state_dict
         tokenizer = "open_clip.tokenizer"
-    state_dict = {key: value.float() for key, value in state_dict.items() if key.split(".")[-1] not in NOT_WEIGHTS}
+    state_dict = {key: value.float() for key, value in state_dict.items()}
     try:
         # Both builders infer the architecture from the shapes and cast to float16; loading again restores all digits.
         model = build(dict(state_dict)).float()
@@ -233,7 +233,7 @@ def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
     state_dict = state_dict if isinstance(state_dict, dict) else {}
     if isinstance(state_dict.get("state_dict"), dict):
         state_dict = state_dict["state_dict"]  # training checkpoints wrap it
-    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items() if k.split(".")[-1] not in NOT_WEIGHTS}
     for key, value in state_dict.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
             raise _error(name, f"{key} in {path} is not finite; get the file again")
