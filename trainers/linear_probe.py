@@ -27,26 +27,20 @@ from .prompting.trainer import PromptTrainer
 GRID = (1e6, 1e4, 1e2, 1.0, 1e-2, 1e-4, 1e-6)  # of C, the inverse strength of the regularisation
 BISECTIONS = 8  # around the best of the grid
 
-KEYS = {
-    "PREC": PREC,
-    "C": Key(0.0, Rule("must be positive, or 0 to search", lambda c: is_number(c) and c >= 0)),
-}
+STRENGTH = Rule("must be positive, or 0 to search", lambda c: is_number(c) and c >= 0)
 
 
 def search(accuracy: Callable[[float], float]) -> float:
     """The C that is most accurate on validation images: the first best of a grid, then bisection in log space.
 
     The interval from a tenth to ten times the grid's best is halved eight times towards its better end (the left one of
-    equals); the result is the C of that end in the last step.
+    equals), whose C in the last step is the result.
     """
     peak = max(GRID, key=accuracy)
     left, right = peak / 10, peak * 10
     for _ in range(BISECTIONS):
-        middle = (left * right) ** 0.5
-        if accuracy(left) < accuracy(right):
-            best, left = right, middle
-        else:
-            best, right = left, middle
+        best, middle = max((left, right), key=accuracy), (left * right) ** 0.5
+        left, right = (left, middle) if best == left else (middle, right)
     return best
 
 
@@ -73,17 +67,14 @@ class LinearClassifier(nn.Linear):
     @torch.no_grad()
     def copy_from(self, regression) -> None:  # noqa: ANN001
         """Take the solution of scikit-learn, which for two classes is the difference of their rows only."""
-        weight, bias = (torch.from_numpy(a).to(self.weight) for a in (regression.coef_, regression.intercept_))
-        if len(weight) < self.out_features:
-            weight, bias = (torch.cat([torch.zeros_like(difference), difference]) for difference in (weight, bias))
-        self.weight.copy_(weight)
-        self.bias.copy_(bias)
+        for parameter, solution in ((self.weight, regression.coef_), (self.bias, regression.intercept_)):
+            parameter.zero_()[-len(solution) :] = torch.from_numpy(solution)
 
 
 class LinearMethod(Method):
     """CLIP's image encoder and a linear classifier."""
 
-    config_name, keys = "LINEARPROBE", KEYS
+    config_name, keys = "LINEARPROBE", {"PREC": PREC, "C": Key(0.0, STRENGTH)}
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], backbone: Backbone) -> None:
         super().__init__(cfg, classnames, backbone)
@@ -96,19 +87,18 @@ class LinearMethod(Method):
         return None if cfg.TRAINER.LINEARPROBE.C else ("TRAINER.LINEARPROBE.C 0", "set C")
 
     def fit(self, data: TrainingData) -> float:
-        """Fit the classifier; its one epoch has nothing to do with ``OPTIM``."""
+        """Fit the classifier in one epoch that ignores ``OPTIM``."""
         c, chosen = self.options.C, ""
-        features, labels = _arrays(*data.train_features())
+        train = _arrays(*data.train_features())
         if not c:
-            val_features, val_labels = _arrays(*data.val_features())
-            c = search(lru_cache(lambda c: fit(features, labels, c).score(val_features, val_labels)))
-            chosen = f", chosen on {len(val_labels)} validation images"
-        regression = fit(features, labels, c)
+            val = _arrays(*data.val_features())
+            c = search(lru_cache(lambda c: fit(*train, c).score(*val)))
+            chosen = f", chosen on {len(val[1])} validation images"
+        regression = fit(*train, c)
         self.learned.copy_from(regression)
-        accuracy = 100 * regression.score(features, labels)
-        print(
-            f"Linear probe: C {c:g}{chosen}; {accuracy:.1f} % of {len(labels)} training images are classified correctly"
-        )
+        accuracy = 100 * regression.score(*train)
+        correct = f"{accuracy:.1f} % of {len(train[1])} training images are classified correctly"
+        print(f"Linear probe: C {c:g}{chosen}; {correct}")
         return accuracy
 
     def score(self, images: ImageBatch, text_features: None) -> torch.Tensor:

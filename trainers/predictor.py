@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext, redirect_stdout, suppress
-from itertools import islice
+from itertools import islice, repeat
 from threading import Lock
 from types import SimpleNamespace
 from typing import Any, Optional, Union
@@ -56,9 +56,6 @@ BATCHES_AHEAD = 2  # read before they are needed: decides how much memory is use
 BUILD_WARNINGS = ("Not in ", "Visual prompts too small")  # lines of the model's construction that are passed on
 
 
-# ------------------------------------------------------------------------------------------------- the run
-
-
 def run_config(model_dir: str) -> CfgNode:
     """Every key of a run, not frozen. Raises UserError."""
     path = os.path.join(model_dir, "config.yaml")
@@ -77,11 +74,7 @@ def run_config(model_dir: str) -> CfgNode:
 
 
 def survey(cfg: CfgNode) -> tuple[list[str], list[tuple[str, int]]]:
-    """Class names of a run's data set, and (path, label) of its test images; nothing is written or drawn at random.
-
-    Raises:
-        UserError: the data set is not present.
-    """
+    """Class names of a run's data set, and (path, label) of its test images; nothing is written or drawn at random."""
     import datasets  # noqa: F401 (registers the data sets; predictions do not need them)
     from datasets.splits import subsample_classes
 
@@ -107,16 +100,13 @@ def _without_data(trainer: type[PromptTrainer], classnames: Sequence[str]) -> ty
     return Serving
 
 
-# ------------------------------------------------------------------------------------------------- predicting
-
-
 class Predictor:
     """A trained model that predicts image files.
 
     Args:
         model_dir: run folder; of an evaluation's folder, the run that it evaluated is used.
-        classnames: classes to tell apart instead of the run's. A trained class, by name, has what was learned for it;
-            other classes have the method's default for unseen classes.
+        classnames: classes to tell apart instead of the run's. Those of a trained name have what was learned for it,
+            the others the method's default for unseen classes.
         epoch: of the checkpoint; default: the best model, else the last epoch.
         backbone: CLIP weights, if they are no longer where the run had them.
         root: data root, see :func:`find_images`; default: the run's (``DATASET.ROOT``).
@@ -125,9 +115,6 @@ class Predictor:
     Attributes:
         classnames: C class names.
         trainer: the trainer with its model, on the device.
-
-    Raises:
-        UserError: no run folder, no checkpoint, missing weights, classes that the model cannot tell apart.
     """
 
     def __init__(
@@ -140,15 +127,18 @@ class Predictor:
         root: str = "",
         batch_size: Optional[int] = None,
     ) -> None:
-        model_dir = os.path.expanduser(os.fspath(model_dir))
-        cfg = self.cfg = run_config(model_dir)
+        cfg = self.cfg = run_config(model_dir := os.path.expanduser(model_dir))
         if root and not os.path.isdir(os.path.expanduser(root)):
             raise UserError(f"{root}: no such folder (--root)")
         cfg.DATASET.ROOT = root or cfg.DATASET.ROOT
         self.batch_size = batch_size or cfg.DATALOADER.TEST.BATCH_SIZE
         if self.batch_size < 1:
             raise UserError(f"--batch-size {self.batch_size}: must be at least 1")
-        kind = self._trainer_class(model_dir)
+        name, names = cfg.TRAINER.NAME, sorted(TRAINER_REGISTRY.registered_names())
+        known = {n: TRAINER_REGISTRY.get(n) for n in names if issubclass(TRAINER_REGISTRY.get(n), PromptTrainer)}
+        if name not in known:
+            raise UserError(f'{model_dir}: made by the trainer "{name}"; predictions need one of {", ".join(known)}')
+        kind = known[name]
         folder, checkpoint = _find_model(model_dir, epoch) if kind.method_class.learns else (model_dir, {})
         self.classnames = self._choose_classes(classnames, model_dir, folder, checkpoint)
         cfg.MODEL.BACKBONE.NAME = backbone or cfg.MODEL.BACKBONE.NAME
@@ -164,30 +154,22 @@ class Predictor:
             self.transform = build_transform(cfg, is_train=False)
             with torch.no_grad(), self.trainer.autocast:
                 self.text_features = self.trainer.model.text_features()
-        for line in filter(lambda line: line.startswith(BUILD_WARNINGS), output.getvalue().splitlines()):
-            print(line, file=sys.stderr)
+        for line in output.getvalue().splitlines():
+            if line.startswith(BUILD_WARNINGS):
+                print(line, file=sys.stderr)
         self._large = Lock()
         self._mean, self._std = normalisation(cfg)
-
-    def _trainer_class(self, model_dir: str) -> type[PromptTrainer]:
-        name, names = self.cfg.TRAINER.NAME, TRAINER_REGISTRY.registered_names()
-        known = sorted(n for n in names if issubclass(TRAINER_REGISTRY.get(n), PromptTrainer))
-        if name not in known:
-            raise UserError(f'{model_dir}: made by the trainer "{name}"; predictions need one of {", ".join(known)}')
-        return TRAINER_REGISTRY.get(name)
 
     def _choose_classes(
         self, given: Optional[Sequence[str]], model_dir: str, folder: str, checkpoint: dict[str, Any]
     ) -> list[str]:
         if given is not None:
-            names = list(given)
-            seen = [clean_name(name) for name in names]
-            again = [name for i, name in enumerate(seen) if name in seen[:i]]
-            if not names or not all(name.strip() for name in names):
-                raise UserError(f"--classnames: {'an empty name' if names else 'no names'}; give at least one name")
-            if again:
+            seen = [clean_name(name) for name in given]
+            if not seen or not all(name.strip() for name in given):
+                raise UserError(f"--classnames: {'an empty name' if seen else 'no names'}; give at least one name")
+            if again := [name for i, name in enumerate(seen) if name in seen[:i]]:
                 raise UserError(f'--classnames: "{again[0]}" occurs twice; give every name once')
-            return names
+            return list(given)
         if checkpoint.get("classnames") and folder == model_dir:
             return list(checkpoint["classnames"])
         try:
@@ -200,14 +182,10 @@ class Predictor:
         return find_images(paths, list(filter(None, [self.cfg.DATASET.ROOT])), skipped)
 
     def __call__(self, images: Iterable[Union[PathLike, Source]], top: int = 5) -> Iterator[Prediction]:
-        """Predict files and folders of images, in their order.
+        """Predict files, folders or results of :meth:`find`, in their order, with ``top`` classes for each image.
 
         Images are taken from the iterable and read a few at a time, so there may be any number of them. One that cannot
         be read has an ``error``.
-
-        Args:
-            images: paths, or results of :meth:`find`.
-            top: number of classes to name for each image, at most C.
         """
         for batch in self._batches(images):
             yield from (prediction for prediction, _, _ in self._predict(batch, top))
@@ -216,14 +194,12 @@ class Predictor:
         """Predict like a call, with what each prediction is based on."""
         for batch in self._batches(images):
             for prediction, pixels, found in self._predict(batch, top):
-                if prediction.error:
-                    yield Explanation(prediction)
-                else:
-                    candidates, selected = self._candidates(found, pixels, top)
-                    font = self.cfg.TRAINER.LOGOPROMPT.FONT
-                    yield Explanation(prediction, self._picture(pixels), candidates, selected, font)
+                explanation = Explanation(prediction, font=self.cfg.TRAINER.LOGOPROMPT.FONT)
+                if not prediction.error:
+                    explanation.image = self._picture(pixels)
+                    explanation.candidates, explanation.selected = self._candidates(found, pixels, top)
+                yield explanation
 
-    # -------------------------------------------------------------------------------------------- reading
     def _batches(self, images: Iterable[Union[PathLike, Source]]) -> Iterator[list[tuple[Source, Any]]]:
         """(source, (3, H, H) pixels or why there are none) of ``batch_size`` images at a time."""
         sources = (source for item in images for source in ([item] if isinstance(item, Source) else self.find([item])))
@@ -261,7 +237,6 @@ class Predictor:
         except Exception as error:  # noqa: BLE001 (one image must not end the batch)
             return f"{name}: {type(error).__name__}: {_on_one_line(error)}"
 
-    # -------------------------------------------------------------------------------------------- scoring
     @torch.no_grad()
     def compare(self, images: ImageBatch) -> Comparison:
         """Scores exactly as the evaluation computes them, and what they are based on."""
@@ -269,24 +244,22 @@ class Predictor:
             return self.trainer.model.compare(images, self.text_features)
 
     def _predict(self, batch: list[tuple[Source, Any]], top: int) -> Iterator[tuple[Prediction, Any, Any]]:
-        """Prediction, pixels and comparison of every image of a batch; images with an error have no comparison."""
+        """Prediction, pixels and comparison of every image of a batch; unread images have no comparison."""
         readable = [(source, pixels) for source, pixels in batch if not isinstance(pixels, str)]
-        row = 0
         if readable:
             pixels = torch.stack([pixels for _, pixels in readable]).to(self.trainer.device)
             images = ImageBatch(self.trainer.backbone, pixels, [source.relative for source, _ in readable])
             try:
-                compared = self.compare(images)
+                compared = vars(self.compare(images)).values()
             except torch.cuda.OutOfMemoryError as error:
                 raise UserError(f"--batch-size {self.batch_size}: too many images for the GPU's memory") from error
+            rows = map(Comparison, *(repeat(None) if value is None else value.split(1) for value in compared))
         for source, pixels in batch:
             prediction, found = Prediction(source.path, relative=source.relative), None
             if isinstance(pixels, str):
                 prediction.error = pixels
             else:
-                values = vars(compared).values()
-                found = Comparison(*(value if value is None else value[row : row + 1] for value in values))
-                row += 1
+                found = next(rows)
                 order = top_classes(found.scores, top)  # of equals the lower label comes first, as in argmax
                 log_p = found.log_p.gather(1, order)[0]
                 if log_p.isnan().any():
@@ -300,9 +273,8 @@ class Predictor:
     @torch.no_grad()
     def _candidates(self, found: Comparison, pixels: torch.Tensor, top: int) -> tuple[list[Candidate], int]:
         """The classes considered for the image of a comparison, and the index of the predicted one."""
-        best = int(top_classes(found.scores, 1))  # a label, since two classes may share a name
         classes = (top_classes(found.original, top) if found.candidates is None else found.candidates)[0]
-        selected = classes.tolist().index(best)
+        selected = classes.tolist().index(int(top_classes(found.scores, 1)))  # by label: names may occur twice
         values = [[self.classnames[c] for c in classes.tolist()], found.original[0, classes].exp().tolist()]
         if found.candidates is not None:
             blocks = self.trainer.model.visual_prompts[classes]

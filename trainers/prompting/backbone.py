@@ -1,10 +1,9 @@
 """One door to CLIP weights.
 
 ``load_clip(name)`` accepts ``tiny`` (the small CLIP of ``toy/``), an OpenAI name (``RN50``, ``ViT-B/16``, …), a path to
-an OpenAI archive, a path to a state dict in OpenAI's layout (``.pt``, ``.pth``, ``.bin``, ``.safetensors``; read as
-trained with QuickGELU, like OpenAI's) or ``arch/pretrained-tag`` of open_clip, and returns a :class:`Backbone`. The
-model classes come from the installed ``clip`` package (OpenAI's, or the one bundled with CoOp) when it can be imported,
-otherwise from ``open_clip``; the features are the same.
+an OpenAI archive or to a state dict in OpenAI's layout (``.pt``, ``.pth``, ``.bin``, ``.safetensors``), or
+``arch/pretrained-tag`` of open_clip. The model classes come from the installed ``clip`` package (OpenAI's, or the one
+bundled with CoOp) when it can be imported, otherwise from ``open_clip``; the features are the same.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import inspect
 import json
 import os
 from types import ModuleType
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -55,46 +54,36 @@ class LayerNorm(nn.LayerNorm):
 class Backbone(nn.Module):
     """A frozen CLIP: image encoder f, text encoder g and the temperature, from either package.
 
-    All parameters have ``requires_grad=False`` and the module stays in eval mode: ``train()`` does nothing, so
-    BatchNorm statistics never change.
-
     Attributes:
         visual: image encoder, (B, 3, H, H) normalised images -> (B, E) features.
-        token_embedding, positional_embedding, blocks, ln_final, text_projection: the parts of the text
-            encoder, which ``text_encoder.py`` runs on embeddings and on fewer than ``context_length`` positions.
+        token_embedding, positional_embedding, blocks, ln_final, text_projection, n_head: the text encoder, which
+            ``text_encoder.py`` runs on embeddings and on fewer than ``context_length`` positions.
         logit_scale: log(1/tau), a scalar parameter.
         input_resolution: H, in pixels.
         pixel_mean, pixel_std: of RGB in [0, 1], as in its pre-training.
         context_length: maximum tokens of a prompt, [SOS] and [EOT] included (77 for CLIP).
-        n_head: attention heads of the text encoder.
         tokenizer: the package's ``SimpleTokenizer``; sot_token, eot_token: ids of [SOS] and [EOT].
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, name: str) -> None:
         super().__init__()
-        parts = ["visual", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection"]
+        parts = ("visual", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
+        blocks = getattr(getattr(model, "transformer", None), "resblocks", nn.ModuleList())
         plain = (
             all(getattr(model, part, None) is not None for part in parts)
-            and all(isinstance(getattr(block, "attn", None), nn.MultiheadAttention) for block in _blocks(model))
+            and all(isinstance(getattr(block, "attn", None), nn.MultiheadAttention) for block in blocks)
             and getattr(model, "attn_mask", ...) is not None  # open_clip: None where attention is not causal
             and getattr(model, "text_pool_type", "argmax") == "argmax"
             and model.token_embedding.num_embeddings == len(tokenizer.encoder)
         )
         if not plain:
-            raise UserError(
-                f"MODEL.BACKBONE.NAME {name}: not a CLIP with OpenAI's text transformer; "
-                "choose an OpenAI name or an open_clip architecture with one (ViT-B-16, RN50, …)"
-            )
-        self.name = name
-        self.visual = model.visual
-        self.token_embedding = model.token_embedding
-        self.positional_embedding = model.positional_embedding
-        self.blocks = _blocks(model)
-        self.ln_final = model.ln_final
+            remedy = "choose an OpenAI name or an open_clip architecture with one (ViT-B-16, RN50, …)"
+            raise _error(name, f"not a CLIP with OpenAI's text transformer; {remedy}")
+        self.name, self.tokenizer, self.blocks = name, tokenizer, blocks
+        for part in ("visual", "token_embedding", "positional_embedding", "ln_final", "logit_scale"):
+            setattr(self, part, getattr(model, part))
         projection = model.text_projection
         self.text_projection = nn.Parameter(projection.weight.t()) if isinstance(projection, nn.Linear) else projection
-        self.logit_scale = model.logit_scale
-        self.tokenizer = tokenizer
         # The packages spell the special tokens differently; in both they are the last two of the vocabulary.
         self.sot_token, self.eot_token = len(tokenizer.encoder) - 2, len(tokenizer.encoder) - 1
         resolution = getattr(self.visual, "input_resolution", None) or self.visual.image_size
@@ -102,7 +91,7 @@ class Backbone(nn.Module):
         self.pixel_mean = tuple(getattr(self.visual, "image_mean", None) or PIXEL_MEAN)
         self.pixel_std = tuple(getattr(self.visual, "image_std", None) or PIXEL_STD)
         self.context_length = int(self.positional_embedding.shape[0])
-        self.n_head = self.blocks[0].attn.num_heads
+        self.n_head = blocks[0].attn.num_heads
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.__class__ = LayerNorm  # the packages' own cast differently, and refuse float64
@@ -121,12 +110,9 @@ class Backbone(nn.Module):
 
     def cast_weights(self, dtype: torch.dtype) -> Backbone:
         """Cast the same weights as OpenAI: convolutions, linear layers, attention, projections; norms stay float32."""
-        for module in self.modules():
-            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear, nn.MultiheadAttention)):
-                for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.to(dtype)
-        for owner, attribute in ((self, "text_projection"), (self.visual, "proj")):
-            parameter = getattr(owner, attribute, None)
+        kinds = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.MultiheadAttention)
+        cast = [p for module in self.modules() if isinstance(module, kinds) for p in module.parameters(recurse=False)]
+        for parameter in (*cast, self.text_projection, getattr(self.visual, "proj", None)):
             if isinstance(parameter, nn.Parameter):
                 parameter.data = parameter.data.to(dtype)
         return self
@@ -159,50 +145,37 @@ def load_clip(name: str, provider: str = "auto", quick_gelu: bool = True) -> Bac
 
     The provider is ``"clip"``, ``"open_clip"`` or ``"auto"`` (``clip`` when importable, else ``open_clip``).
     ``quick_gelu`` is the activation of weights given by path, unless an ``open_clip_config.json`` next to them tells.
-    Raises UserError for an unknown name, an unreadable file, an unsupported architecture, no network or no package.
     """
     check_name(name)
     path = TINY if name == "tiny" else _openai_file(name) if name in OPENAI_MODELS else os.path.expanduser(name)
-    if os.path.isfile(path):
-        backbone = _from_state_dict(_read_state_dict(path, name), name, provider)
-        if name not in (*OPENAI_MODELS, "tiny"):
-            _set_activation(backbone, path, quick_gelu)
-        return backbone
-    return _from_open_clip(name)
+    if not os.path.isfile(path):
+        return _from_open_clip(name)
+    backbone = _from_state_dict(_read_state_dict(path, name), name, provider)
+    if name not in (*OPENAI_MODELS, "tiny"):
+        _set_activation(backbone, path, quick_gelu)
+    return backbone
 
 
 def check_name(name: str) -> None:
     """Raise UserError for a name that denotes no weights, without loading any."""
+    openai, path = ", ".join(OPENAI_MODELS), os.path.expanduser(name)
     if not name:
-        raise UserError(
-            f"MODEL.BACKBONE.NAME is empty: give one of {', '.join(OPENAI_MODELS)}, tiny, a path or arch/tag"
-        )
-    path = os.path.expanduser(name)
+        raise UserError(f"MODEL.BACKBONE.NAME is empty: give one of {openai}, tiny, a path or arch/tag")
     if name == "tiny" and not os.path.isfile(TINY):
-        raise UserError(
-            "MODEL.BACKBONE.NAME tiny: its weights (toy/tiny_clip.pt) are not here; choose another backbone"
-        )
+        raise _error(name, "its weights (toy/tiny_clip.pt) are not here; choose another backbone")
     if name == "tiny" or name in OPENAI_MODELS or os.path.isfile(path):
         return
     if path.endswith((".pt", ".pth", ".bin", ".safetensors")) or os.path.isabs(path) or os.path.isdir(path):
-        raise UserError(f"MODEL.BACKBONE.NAME {name}: no such file")
+        raise _error(name, "no such file")
     arch, _, tag = name.partition("/")
     try:
         open_clip = importlib.import_module("open_clip")
     except ImportError as error:
-        raise UserError(f"MODEL.BACKBONE.NAME {name}: not an OpenAI name, and open_clip is not installed") from error
-    known = open_clip.list_pretrained_tags_by_model(arch) if arch in open_clip.list_models() else None
-    if known is None:
-        raise UserError(
-            f"MODEL.BACKBONE.NAME {name}: neither tiny, nor one of {', '.join(OPENAI_MODELS)}, nor a file, "
-            "nor arch/pretrained-tag of open_clip"
-        )
-    if tag not in known:
-        raise UserError(f"MODEL.BACKBONE.NAME {name}: open_clip's tags for {arch} are {', '.join(known) or '(none)'}")
-
-
-def _blocks(model: nn.Module) -> nn.ModuleList:
-    return getattr(getattr(model, "transformer", None), "resblocks", nn.ModuleList())
+        raise _error(name, "not an OpenAI name, and open_clip is not installed") from error
+    if arch not in open_clip.list_models():
+        raise _error(name, f"neither tiny, nor one of {openai}, nor a file, nor arch/pretrained-tag of open_clip")
+    if tag not in (known := open_clip.list_pretrained_tags_by_model(arch)):
+        raise _error(name, f"open_clip's tags for {arch} are {', '.join(known) or '(none)'}")
 
 
 def import_provider(provider: str = "auto") -> ModuleType:
@@ -220,36 +193,28 @@ def import_provider(provider: str = "auto") -> ModuleType:
             return package
         except Exception as error:  # noqa: BLE001 (anything, from another package)
             if provider == "clip":
-                raise UserError(
-                    f"the clip package cannot be used ({_line(error)}): pip install open_clip_torch"
-                ) from error
+                fault = f"the clip package cannot be used ({_line(error)})"
+                raise UserError(f"{fault}: pip install open_clip_torch") from error
     try:
         return importlib.import_module("open_clip")
     except ImportError as error:
         raise UserError("neither clip nor open_clip can be imported: pip install open_clip_torch") from error
 
 
-def _tokenizer(package: ModuleType) -> Any:
-    module = importlib.import_module("clip.simple_tokenizer" if package.__name__ == "clip" else "open_clip.tokenizer")
-    return module.SimpleTokenizer()
-
-
 def _from_state_dict(state_dict: dict[str, torch.Tensor], name: str, provider: str) -> Backbone:
-    package = import_provider(provider)
-    state_dict = {key: value.float() for key, value in state_dict.items() if key.split(".")[-1] not in NOT_WEIGHTS}
-    if package.__name__ == "clip":
-        build = importlib.import_module("clip.model").build_model
+    if import_provider(provider).__name__ == "clip":
+        build, tokenizer = importlib.import_module("clip.model").build_model, "clip.simple_tokenizer"
     else:
         build = importlib.import_module("open_clip.model").build_model_from_openai_state_dict
+        tokenizer = "open_clip.tokenizer"
+    state_dict = {key: value.float() for key, value in state_dict.items()}
     try:
         # Both builders infer the architecture from the shapes and cast to float16; loading again restores all digits.
         model = build(dict(state_dict)).float()
         model.load_state_dict(state_dict)
     except (KeyError, IndexError, AssertionError, ZeroDivisionError, RuntimeError) as error:
-        raise UserError(
-            f"MODEL.BACKBONE.NAME {name}: not a CLIP state dict in OpenAI's layout ({_line(error)})"
-        ) from error
-    return Backbone(model, _tokenizer(package), name)
+        raise _error(name, f"not a CLIP state dict in OpenAI's layout ({_line(error)})") from error
+    return Backbone(model, importlib.import_module(tokenizer).SimpleTokenizer(), name)
 
 
 def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
@@ -264,27 +229,23 @@ def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
         else:
             state_dict = load_tensors(path)
     except Exception as error:  # noqa: BLE001 (zip, pickle, safetensors and torch each raise their own errors)
-        raise UserError(f"MODEL.BACKBONE.NAME {name}: cannot be read as CLIP weights ({_line(error)})") from error
-    if isinstance(state_dict, dict) and isinstance(state_dict.get("state_dict"), dict):
+        raise _error(name, f"cannot be read as CLIP weights ({_line(error)})") from error
+    state_dict = state_dict if isinstance(state_dict, dict) else {}
+    if isinstance(state_dict.get("state_dict"), dict):
         state_dict = state_dict["state_dict"]  # training checkpoints wrap it
-    if isinstance(state_dict, dict):
-        state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    if isinstance(state_dict, dict):
-        for key, value in state_dict.items():
-            weight = isinstance(value, torch.Tensor) and value.is_floating_point() and not key.endswith(NOT_WEIGHTS)
-            if weight and not torch.isfinite(value).all():
-                raise UserError(f"MODEL.BACKBONE.NAME {name}: {key} in {path} is not finite; get the file again")
+    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items() if k.split(".")[-1] not in NOT_WEIGHTS}
+    for key, value in state_dict.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+            raise _error(name, f"{key} in {path} is not finite; get the file again")
     needed = "visual.conv1.weight token_embedding.weight positional_embedding ln_final.weight text_projection"
-    missing = [key for key in needed.split() if not isinstance(state_dict, dict) or key not in state_dict]
+    missing = ", ".join(key for key in needed.split() if key not in state_dict)
     if missing:
-        raise UserError(
-            f"MODEL.BACKBONE.NAME {name}: not a CLIP state dict in OpenAI's layout (no {', '.join(missing)} in it)"
-        )
+        raise _error(name, f"not a CLIP state dict in OpenAI's layout (no {missing} in it)")
     return state_dict
 
 
 def _set_activation(backbone: Backbone, path: str, quick_gelu: bool) -> None:
-    """Replace QuickGELU, which both builders use, where the weights were trained with GELU; and report which it is."""
+    """Replace QuickGELU, which both builders use, where the weights were trained with GELU; report which it is."""
     source, config = "MODEL.BACKBONE.QUICK_GELU", os.path.join(os.path.dirname(path), "open_clip_config.json")
     if os.path.isfile(config):
         try:
@@ -306,16 +267,14 @@ def _open_published_archive(path: str) -> dict[str, torch.Tensor]:
         while chunk := file.read(2**20):
             hashed.update(chunk)
     if hashed.hexdigest() not in {checksum for _, checksum in OPENAI_MODELS.values()}:
-        raise ValueError(
-            "a TorchScript program whose checksum is none of OpenAI's; save its state_dict with torch.save instead"
-        )
+        remedy = "save its state_dict with torch.save instead"
+        raise ValueError(f"a TorchScript program whose checksum is none of OpenAI's; {remedy}")
     return torch.jit.load(path, map_location="cpu").state_dict()
 
 
 def _openai_file(name: str) -> str:
     """Path of OpenAI's file for ``name``; downloaded unless it is cached with the right checksum."""
-    folder = os.path.expanduser(CACHE)
-    package = import_provider()
+    folder, package = os.path.expanduser(CACHE), import_provider()
     urls = getattr(importlib.import_module("clip.clip"), "_MODELS", {}) if package.__name__ == "clip" else {}
     try:
         if name in urls:
@@ -324,10 +283,8 @@ def _openai_file(name: str) -> str:
 
         return download_pretrained_from_url(get_pretrained_url(OPENAI_MODELS[name][0], "openai"), cache_dir=folder)
     except (OSError, RuntimeError, ImportError) as error:
-        raise UserError(
-            f"MODEL.BACKBONE.NAME {name}: the weights cannot be downloaded ({_line(error)}); "
-            f"put OpenAI's file into {folder} or give the path of a file"
-        ) from error
+        remedy = f"put OpenAI's file into {folder} or give the path of a file"
+        raise _error(name, f"the weights cannot be downloaded ({_line(error)}); {remedy}") from error
 
 
 def _from_open_clip(name: str) -> Backbone:
@@ -336,11 +293,14 @@ def _from_open_clip(name: str) -> Backbone:
     try:
         model = open_clip.create_model(arch, pretrained=tag, precision="fp32", device="cpu")
     except Exception as error:  # noqa: BLE001 (hub, network and file errors of several libraries)
-        raise UserError(f"MODEL.BACKBONE.NAME {name}: open_clip cannot load it ({_line(error)})") from error
+        raise _error(name, f"open_clip cannot load it ({_line(error)})") from error
     return Backbone(model, open_clip.tokenizer.SimpleTokenizer(), name)
 
 
-def _line(error: Optional[BaseException]) -> str:
+def _error(name: str, fault: str) -> UserError:
+    return UserError(f"MODEL.BACKBONE.NAME {name}: {fault}")
+
+
+def _line(error: BaseException) -> str:
     """An exception of another library on one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -20,7 +22,6 @@ class CacheAdapter(nn.Module):
     Attributes:
         keys: (N, E), a parameter; N is 0 until :meth:`fill`.
         labels: (N,) y_n among the current classes; -1 for other classes, and for all keys of an emptied cache.
-        alpha, beta: scalars, not learned.
     """
 
     def __init__(self, n_features: int, n_cls: int, alpha: float, beta: float) -> None:
@@ -31,9 +32,9 @@ class CacheAdapter(nn.Module):
         self.register_buffer("alpha", torch.tensor(float(alpha)))
         self.register_buffer("beta", torch.tensor(float(beta)))
         self.filled = False  # cached to avoid a device sync in every step
-        self.register_load_state_dict_post_hook(lambda module, _: module._update_filled())
+        self.register_load_state_dict_post_hook(CacheAdapter._update_filled)
 
-    def _update_filled(self) -> None:
+    def _update_filled(self, _: Any = None) -> None:
         self.filled = bool((self.labels >= 0).any())
 
     def _resize(self, n_keys: int) -> None:
@@ -55,8 +56,7 @@ class CacheAdapter(nn.Module):
 
     def affinity(self, image_features: torch.Tensor) -> torch.Tensor:
         """(…, E) of unit length -> (…, N) cosines with the keys."""
-        keys = nn.functional.normalize(self.keys, dim=-1)
-        return image_features.to(keys.dtype) @ keys.t()
+        return image_features.to(self.keys.dtype) @ nn.functional.normalize(self.keys, dim=-1).t()
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         """(…, E) image features of unit length -> (…, C), to be added to the logits."""
@@ -70,29 +70,23 @@ class CacheAdapter(nn.Module):
 
     @torch.no_grad()
     def search(self, image_features: torch.Tensor, logits: torch.Tensor, label: torch.Tensor) -> None:
-        """Choose alpha and beta from a grid by accuracy on validation images; of equals the smallest.
+        """Choose alpha and beta from a grid by accuracy on N validation images; of equals the smallest.
 
-        Takes (N, E) features of unit length, (N, C) logits without the cache and (N,) labels; prints what was chosen.
+        Takes (N, E) features of unit length and (N, C) logits without the cache; prints what was chosen.
         """
-        affinity, best = self.affinity(image_features), -1.0
-        for alpha in ALPHAS:
-            for beta in BETAS:
-                scores = logits + self.cache_logits(affinity, torch.tensor(alpha), torch.tensor(beta))
-                accuracy = 100 * (scores.argmax(dim=1) == label).float().mean().item()
-                if accuracy > best:
-                    best = accuracy
-                    self.alpha.fill_(alpha)
-                    self.beta.fill_(beta)
-        chosen = f"alpha {self.alpha:g}, beta {self.beta:g}, chosen on {len(label)} validation images"
-        print(f"Adapter: {chosen} ({best:.1f} %)")
+        affinity, accuracy = self.affinity(image_features), {}
+        for alpha, beta in product(ALPHAS, BETAS):
+            scores = logits + self.cache_logits(affinity, torch.tensor(alpha), torch.tensor(beta))
+            accuracy[alpha, beta] = 100 * (scores.argmax(dim=1) == label).float().mean().item()
+        alpha, beta = best = max(accuracy, key=accuracy.get)
+        self.alpha.fill_(alpha)
+        self.beta.fill_(beta)
+        chosen = f"chosen on {len(label)} validation images ({accuracy[best]:.1f} %)"
+        print(f"Adapter: alpha {alpha:g}, beta {beta:g}, {chosen}")
 
     def remap_classes(self, state: dict[str, torch.Tensor], rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """Express a state dict of other classes in the current ones, see ``checkpoint.remap_state_to_classes``."""
         if state["keys"].shape[1:] == self.keys.shape[1:]:
             self._resize(len(state["keys"]))
-        labels = state["labels"]
-        here = torch.full((max([*rows, *labels.tolist(), 0]) + 2,), -1)  # the last entry is for label -1
-        for current, known in enumerate(rows):
-            if known >= 0:
-                here[known] = current
-        return {**state, "labels": here[labels]}
+        current = {known: i for i, known in enumerate(rows) if known >= 0}
+        return {**state, "labels": torch.tensor([current.get(label, -1) for label in state["labels"].tolist()]).long()}

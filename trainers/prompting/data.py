@@ -7,7 +7,7 @@ import random
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Optional
 
 import numpy as np
@@ -29,9 +29,6 @@ READER_VERSION = 1  # of what read_image returns; part of the key of stored feat
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-# ------------------------------------------------------------------------------------------------- image files
-
-
 def read_image(path: str) -> Image.Image:
     """The image at ``path``, fully decoded, in RGB with 8 bits, as CoOp reads it (``Image.convert``).
 
@@ -39,9 +36,8 @@ def read_image(path: str) -> Image.Image:
     where Pillow would clip nearly everything to white, pixels of 16 or more bits are scaled so that 65535 is white, and
     floats so that 1 is white (255 where a pixel exceeds 1).
 
-    Raises:
-        FileNotFoundError, OSError: no such file, or it cannot be decoded. Each carries one argument, a line that names
-            the path, so that a DataLoader can re-raise it from a worker.
+    Raises FileNotFoundError or OSError with one argument, a line that names the path: a DataLoader can re-raise that
+    from a worker.
     """
     name = " ".join(path.splitlines())
     try:
@@ -83,15 +79,12 @@ def decoded_size(paths: Sequence[str], limit: float) -> Optional[int]:
         try:
             with open_image(path) as image:
                 total += 3 * image.width * image.height
-        except Exception:  # noqa: BLE001 (read_image reports what is wrong with the file)
-            read_image(path)
+        except Exception:
+            read_image(path)  # names the file
             raise
         if total > limit:
             return None
     return total
-
-
-# ------------------------------------------------------------------------------------------------- loaders
 
 
 class ImageDataset(DatasetWrapper):
@@ -107,9 +100,8 @@ class ImageDataset(DatasetWrapper):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The images of a batch. In a worker, augmentation is a function of (seed, epoch, batch) alone."""
-        if get_worker_info() is None or not self.is_train:
-            return [self[i] for i in indices]
-        with seeded(seed_of(f"{max(self.cfg.SEED, 0)}/{int(self.epoch)}/{list(indices)}")):
+        seed = seed_of(f"{max(self.cfg.SEED, 0)}/{int(self.epoch)}/{list(indices)}")
+        with seeded(seed) if self.is_train and get_worker_info() else nullcontext():
             return [self[i] for i in indices]
 
     def decode(self, limit: float) -> None:
@@ -117,8 +109,8 @@ class ImageDataset(DatasetWrapper):
         paths = [item.impath for item in self.data_source]
         if limit and decoded_size(paths, limit):
             with ThreadPoolExecutor() as pool:
-                bar = tqdm(pool.map(read_image, paths), "decoding", len(paths), leave=False, disable=None)
-                self.decoded = list(bar)
+                images = pool.map(read_image, paths)
+                self.decoded = list(tqdm(images, "decoding", len(paths), leave=False, disable=None))
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
         if callable(self.transform) and not self.return_img0:
@@ -135,10 +127,8 @@ class ImageDataset(DatasetWrapper):
 
 def ordered_loader(cfg: CfgNode, items: Sequence[Any], transform: Any) -> DataLoader:
     """A loader of images in their order, without augmentation."""
-    size = cfg.DATALOADER.TEST.BATCH_SIZE
-    return build_data_loader(
-        cfg, data_source=items, batch_size=size, tfm=transform, is_train=False, dataset_wrapper=ImageDataset
-    )
+    sizes = {"batch_size": cfg.DATALOADER.TEST.BATCH_SIZE, "is_train": False}
+    return build_data_loader(cfg, data_source=items, tfm=transform, dataset_wrapper=ImageDataset, **sizes)
 
 
 def index_loader(items: Sequence[Any], batch_size: int) -> DataLoader:
@@ -152,22 +142,15 @@ def handle_last_batch(loader: DataLoader, drop_last: bool) -> DataLoader:
 
     Dassl always drops an incomplete last batch; with a sequential sampler these are the same images every time.
     """
-    left_out = len(loader.sampler) % loader.batch_size if loader.drop_last else 0
-    if not left_out:
+    n, size, options = len(loader.sampler), loader.batch_size, ("num_workers", "pin_memory")
+    if not loader.drop_last or n % size == 0:
         return loader
     if drop_last:
-        print(
-            f"{left_out} of {len(loader.sampler)} training images are left out of every epoch (batches of "
-            f"{loader.batch_size}); set TRAIN.DROP_LAST False to use them"
-        )
+        left_out = f"{n % size} of {n} training images are left out of every epoch (batches of {size})"
+        print(f"{left_out}; set TRAIN.DROP_LAST False to use them")
         return loader
-    batches = BatchSampler(loader.sampler, loader.batch_size, drop_last=False)
-    return DataLoader(
-        loader.dataset, batch_sampler=batches, num_workers=loader.num_workers, pin_memory=loader.pin_memory
-    )
-
-
-# ------------------------------------------------------------------------------------------------- random states
+    batches = BatchSampler(loader.sampler, size, drop_last=False)
+    return DataLoader(loader.dataset, batch_sampler=batches, **{name: getattr(loader, name) for name in options})
 
 
 def seed_of(key: str) -> int:
@@ -178,16 +161,16 @@ def seed_of(key: str) -> int:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed every random state that an augmentation may use, and restore them afterwards."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.random.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.random.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def random_states() -> dict[str, Any]:
@@ -209,11 +192,11 @@ def set_random_states(states: Any) -> None:
         torch.set_rng_state(states)
         return
     python, numpy = states["python"], states["numpy"]
-    random.setstate((python["version"], tuple(_unsigned(python["numbers"]).tolist()), python["gauss"]))
-    keys = _unsigned(numpy["keys"])
+    numbers, keys = (t.numpy().view(np.uint32) for t in (python["numbers"], numpy["keys"]))
+    random.setstate((python["version"], tuple(numbers.tolist()), python["gauss"]))
     np.random.set_state((numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
     torch.set_rng_state(states["torch"])
-    if len(states["cuda"]) == torch.cuda.device_count() and states["cuda"]:
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
@@ -222,13 +205,8 @@ def _signed(numbers: Any) -> torch.Tensor:
     return torch.from_numpy(np.array(numbers, dtype=np.uint32).view(np.int32))
 
 
-def _unsigned(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.numpy().view(np.uint32)
-
-
 def normalisation(cfg: CfgNode) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation (3, 1, 1) that the transforms of a config apply to RGB in [0, 1]."""
-    if "normalize" not in cfg.INPUT.TRANSFORMS:
-        return torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
-    mean, std = torch.tensor(cfg.INPUT.PIXEL_MEAN), torch.tensor(cfg.INPUT.PIXEL_STD)
-    return mean.view(3, 1, 1), std.view(3, 1, 1)
+    applied = "normalize" in cfg.INPUT.TRANSFORMS
+    mean, std = (cfg.INPUT.PIXEL_MEAN, cfg.INPUT.PIXEL_STD) if applied else ([0.0] * 3, [1.0] * 3)
+    return torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)

@@ -21,19 +21,14 @@ INK, SELECTED = "#1f2933", "#1a7f37"
 class Prediction:
     """The most probable classes of an image.
 
-    Attributes:
-        path: of the image.
-        classes: at most ``top`` class names, best first.
-        scores: of each, in [0, 1]: p(c|x); for LoGoPrompt max(p(c|x), p(c|x_c)) of its K candidates only.
-        error: one line on why there is no prediction; empty if there is one.
-        relative: path below the data root, see :func:`find_images`.
+    ``scores`` are p(c|x); for LoGoPrompt max(p(c|x), p(c|x_c)) of its K candidates only.
     """
 
     path: str
-    classes: list[str] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    error: str = ""
-    relative: str = ""
+    classes: list[str] = field(default_factory=list)  # at most ``top`` class names, best first
+    scores: list[float] = field(default_factory=list)  # of each, in [0, 1]
+    error: str = ""  # one line on why there is no prediction
+    relative: str = ""  # path below the data root, see find_images
 
 
 @dataclass
@@ -48,21 +43,13 @@ class Candidate:
 
 @dataclass
 class Explanation:
-    """What a prediction is based on.
+    """What a prediction is based on."""
 
-    Attributes:
-        prediction: with its ``error`` set, the rest is empty.
-        image: x, as the model sees it: resized and cropped to (H, H).
-        candidates: the most probable classes of the original image, most probable first.
-        selected: index of the predicted class among them.
-        font: of the captions; empty: DejaVu Sans.
-    """
-
-    prediction: Prediction
-    image: Optional[Image.Image] = None
-    candidates: list[Candidate] = field(default_factory=list)
-    selected: int = 0
-    font: str = ""
+    prediction: Prediction  # with its error set, the rest is empty
+    image: Optional[Image.Image] = None  # x, as the model sees it: resized and cropped to (H, H)
+    candidates: list[Candidate] = field(default_factory=list)  # most probable classes of x, most probable first
+    selected: int = 0  # index of the predicted class among them
+    font: str = ""  # of the captions; empty: DejaVu Sans
 
     def draw(self) -> Image.Image:
         """One picture: the image, and the candidates with their class-conditional images and probabilities."""

@@ -26,6 +26,12 @@ KEYS_PER_QUERY = 500  # old versions of SQLite accept 999
 BUFFER = 4096  # features written at a time: what a kill may lose
 KEY_BYTES = 16
 LAYOUT = "encoder outputs"  # earlier versions stored features of unit length; their rows are never matched
+SCHEMA = (
+    f"PRAGMA application_id = {APPLICATION_ID}",
+    "CREATE TABLE IF NOT EXISTS encoders (id INTEGER PRIMARY KEY, key BLOB UNIQUE NOT NULL, name TEXT)",
+    "CREATE TABLE IF NOT EXISTS features (id INTEGER PRIMARY KEY, encoder INTEGER NOT NULL, key BLOB NOT NULL, "
+    "value BLOB NOT NULL, UNIQUE (encoder, key))",
+)
 
 
 class NotAStore(Exception):
@@ -37,8 +43,7 @@ def digest(*parts: Any) -> bytes:
     hashed = hashlib.blake2b(digest_size=KEY_BYTES)
     for part in parts:
         content = part if isinstance(part, bytes) else str(part).encode()
-        hashed.update(len(content).to_bytes(8, "little"))
-        hashed.update(content)
+        hashed.update(len(content).to_bytes(8, "little") + content)
     return hashed.digest()
 
 
@@ -64,17 +69,12 @@ class FeatureStore:
         encoder: from :func:`encoder_key`.
         name: of the encoder, for people who look into the store.
         limit: bytes that the file may take; beyond that the oldest features are removed.
-
-    Raises:
-        NotAStore: the file is something else.
     """
 
     def __init__(self, path: str, encoder: bytes, name: str = "", limit: int = 4 * 2**30) -> None:
-        self.path, self.limit = path, limit
-        self.broken = False
+        self.path, self.limit, self.broken = path, limit, False
         self._buffer: list[tuple[bytes, bytes]] = []
-        self._blocks: Optional[torch.Tensor] = None
-        self._block_digests: dict[int, bytes] = {}
+        self._blocks, self._block_digests = None, {}
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         self._db = connect(path)
         with self._db:
@@ -87,16 +87,14 @@ class FeatureStore:
         with self._ignoring_errors():
             for i in range(0, len(keys), KEYS_PER_QUERY):
                 some = keys[i : i + KEYS_PER_QUERY]
-                marks = ",".join("?" * len(some))
-                query = f"SELECT key, value FROM features WHERE encoder = ? AND key IN ({marks})"
+                query = f"SELECT key, value FROM features WHERE encoder = ? AND key IN ({','.join('?' * len(some))})"
                 found.update(self._db.execute(query, (self.encoder, *some)))
         return [_from_bytes(found[key]) if key in found else None for key in keys]
 
     def put(self, keys: Sequence[bytes], features: torch.Tensor) -> None:
         """Store (N, E) features, except rows that are not finite. They reach the disk in batches, or by flush()."""
-        finite = torch.isfinite(features).all(dim=1).tolist()
-        rows = zip(keys, features.detach().cpu(), finite)
-        self._buffer += [(key, _to_bytes(row)) for key, row, good in rows if good]
+        rows = zip(keys, features.detach().cpu())
+        self._buffer += [(key, _to_bytes(row)) for key, row in rows if row.isfinite().all()]
         if len(self._buffer) >= BUFFER:
             self.flush()
 
@@ -104,14 +102,13 @@ class FeatureStore:
         self, keys: Sequence[bytes], encode: Callable[[list[int]], torch.Tensor], store: bool = True
     ) -> torch.Tensor:
         """(N, E) features of N keys; missing ones are encoded, given their positions, and stored."""
-        everything = list(range(len(keys)))
         found = self.get(keys)
-        missing = [i for i in everything if found[i] is None]
+        missing = [i for i, feature in enumerate(found) if feature is None]
         if missing:
             encoded = encode(missing)
             if store:
                 self.put([keys[i] for i in missing], encoded)
-            if missing == everything:
+            if len(missing) == len(keys):
                 return encoded
             for i, feature in zip(missing, encoded.cpu()):
                 found[i] = feature
@@ -129,11 +126,10 @@ class FeatureStore:
         """Write what :meth:`put` has gathered: all of it or, on a full disk or after a kill, nothing."""
         rows = [(self.encoder, key, value) for key, value in self._buffer]
         self._buffer = []
-        if self.broken or not rows:
-            return
-        with self._ignoring_errors(), self._db:
-            self._db.executemany("INSERT OR IGNORE INTO features (encoder, key, value) VALUES (?, ?, ?)", rows)
-            self._evict()
+        if rows and not self.broken:
+            with self._ignoring_errors(), self._db:
+                self._db.executemany("INSERT OR IGNORE INTO features (encoder, key, value) VALUES (?, ?, ?)", rows)
+                self._evict()
 
     @contextmanager
     def _ignoring_errors(self) -> Iterator[None]:
@@ -147,18 +143,13 @@ class FeatureStore:
 
     def _evict(self) -> None:
         """Remove the oldest tenth of the rows until the limit is met; SQLite reuses their pages."""
-        while self._size() > self.limit:
+        pages = "pragma_page_size, pragma_page_count, pragma_freelist_count"
+        in_use = f"SELECT page_size * (page_count - freelist_count) FROM {pages}"  # bytes
+        while self._db.execute(in_use).fetchone()[0] > self.limit:
             first, last = self._db.execute("SELECT min(id), max(id) FROM features").fetchone()
             if first is None:
                 break
             self._db.execute("DELETE FROM features WHERE id <= ?", (first + (last - first) // 10,))
-
-    def _size(self) -> int:
-        """Bytes of the file that are in use."""
-        (size,), (pages,), (free,) = (
-            self._db.execute(f"PRAGMA {name}").fetchone() for name in ("page_size", "page_count", "freelist_count")
-        )
-        return size * (pages - free)
 
     def close(self) -> None:
         self.flush()
@@ -166,8 +157,8 @@ class FeatureStore:
 
 
 def _to_bytes(feature: torch.Tensor) -> bytes:
-    half = feature.dtype == torch.float16
-    return (b"h" if half else b"f") + (feature if half else feature.float()).contiguous().numpy().tobytes()
+    kind, dtype = (b"h", torch.float16) if feature.dtype == torch.float16 else (b"f", torch.float32)
+    return kind + feature.to(dtype).contiguous().numpy().tobytes()
 
 
 def _from_bytes(value: bytes) -> torch.Tensor:
@@ -183,23 +174,13 @@ def connect(path: str) -> sqlite3.Connection:
         db.execute("PRAGMA synchronous = NORMAL")
         if new:
             with db:
-                db.execute("BEGIN IMMEDIATE")
-                db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                db.execute(
-                    "CREATE TABLE IF NOT EXISTS encoders (id INTEGER PRIMARY KEY, key BLOB UNIQUE NOT NULL, name TEXT)"
-                )
-                db.execute(
-                    "CREATE TABLE IF NOT EXISTS features (id INTEGER PRIMARY KEY, encoder INTEGER NOT NULL, "
-                    "key BLOB NOT NULL, value BLOB NOT NULL, UNIQUE (encoder, key))"
-                )
+                for statement in ("BEGIN IMMEDIATE", *SCHEMA):
+                    db.execute(statement)
         elif db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
             raise NotAStore(f"{path}: not a feature store")
-    except sqlite3.DatabaseError as error:
+    except BaseException as error:
         db.close()
-        if isinstance(error, sqlite3.OperationalError):  # locked, a full disk, no permission
-            raise
+        if isinstance(error, sqlite3.OperationalError) or not isinstance(error, sqlite3.DatabaseError):
+            raise  # locked, a full disk, no permission
         raise NotAStore(f"{path}: not a feature store ({error})") from error
-    except BaseException:
-        db.close()
-        raise
     return db

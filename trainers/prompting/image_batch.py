@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .backbone import Backbone
@@ -30,27 +32,25 @@ class ImageBatch:
     At test time ``paths`` are their paths relative to the data root; in training None.
     """
 
-    def __init__(self, backbone: Backbone, pixels: torch.Tensor, paths: Optional[Sequence[str]] = None) -> None:
+    def __init__(self, backbone: Backbone, pixels: Tensor, paths: Optional[Sequence[str]] = None) -> None:
         self.backbone, self.pixels, self.paths = backbone, pixels, paths
-        self._raw: Optional[torch.Tensor] = None
+        self._raw: Optional[Tensor] = None
 
     def __len__(self) -> int:
         return len(self.pixels) if self.paths is None else len(self.paths)
 
-    def raw_features(self) -> torch.Tensor:
-        """(B, E) features as the encoder returns them, computed once; without a graph."""
+    def raw_features(self) -> Tensor:
+        """(B, E) features as the encoder returns them, computed once, without a graph."""
         if self._raw is None:
             with torch.no_grad():
                 self._raw = self._encode()
         return self._raw
 
-    def features(self) -> torch.Tensor:
+    def features(self) -> Tensor:
         """f(x): (B, E), of unit length."""
         return F.normalize(self.raw_features(), dim=-1)
 
-    def pasted(
-        self, blocks: torch.Tensor, classes: torch.Tensor, places: torch.Tensor, store: bool = True
-    ) -> torch.Tensor:
+    def pasted(self, blocks: Tensor, classes: Tensor, places: Tensor, store: bool = True) -> Tensor:
         """f(x_c), features of images with a block replaced by a visual prompt (3.2.1): (B, N, E), of unit length.
 
         Blocks that require gradients get them through the frozen encoder. Activations are then held for one chunk at a
@@ -62,52 +62,39 @@ class ImageBatch:
             places: (B, 2) top and left of the block, the same for all classes of an image.
             store: whether the features may serve other runs, unlike those of blocks that this run learned.
         """
-        n = classes.shape[1]
-        owner = torch.arange(len(self)).repeat_interleave(n)
+        owner = torch.arange(len(self)).repeat_interleave(classes.shape[1])
         raw = self._encode_pasted(blocks, owner, classes.flatten(), places, store)
-        return F.normalize(raw, dim=-1).view(len(self), n, -1)
+        return F.normalize(raw, dim=-1).view(*classes.shape, -1)
 
-    def uniform(self, seed: int) -> torch.Tensor:
+    def uniform(self, seed: int) -> Tensor:
         """(B, 2) numbers in [0, 1) that place the blocks: of (seed, path) at test time, else from torch's state."""
         if self.paths is None:
             return torch.rand(len(self), 2, dtype=torch.float64)
         return uniform_of_paths(self.paths, seed)
 
-    def _encode(self) -> torch.Tensor:
+    def _encode(self) -> Tensor:
         return self.backbone.encode_image(self.pixels)
 
-    def _encode_pasted(
-        self, blocks: torch.Tensor, owner: torch.Tensor, classes: torch.Tensor, places: torch.Tensor, store: bool
-    ) -> torch.Tensor:
+    def _encode_pasted(self, blocks: Tensor, owner: Tensor, classes: Tensor, places: Tensor, store: bool) -> Tensor:
         """(P, E) of P pairs of an image (its row in ``owner``) and a class, not of unit length."""
         return encode_pasted(self.backbone, self.pixels, blocks, owner, classes, places)
 
 
 def encode_pasted(
-    backbone: Backbone,
-    pixels: torch.Tensor,
-    blocks: torch.Tensor,
-    owner: torch.Tensor,
-    classes: torch.Tensor,
-    places: torch.Tensor,
-) -> torch.Tensor:
+    backbone: Backbone, pixels: Tensor, blocks: Tensor, owner: Tensor, classes: Tensor, places: Tensor
+) -> Tensor:
     """Paste and encode in chunks: P pairs of an image (its row in ``owner``) and a class -> (P, E)."""
 
-    def encode(i: torch.Tensor, c: torch.Tensor) -> torch.Tensor:  # indexing in here: nothing pasted is retained
+    def encode(i: Tensor, c: Tensor) -> Tensor:  # indexing in here: nothing pasted is retained
         # With several CPU threads the gradient of blocks[c] would be summed in any order.
         chosen = blocks.index_select(0, c.to(blocks.device))
         return backbone.encode_image(paste(pixels[i], chosen, places[i]))
 
     learning = blocks.requires_grad and torch.is_grad_enabled()
     chunk = GRADIENT_CHUNK if learning else CHUNK
+    run = partial(checkpoint, encode, use_reentrant=False) if learning else encode
     with torch.set_grad_enabled(learning):
-        pairs = zip(owner.split(chunk), classes.split(chunk))
-        if learning:
-            return torch.cat([checkpoint(encode, i, c, use_reentrant=False) for i, c in pairs])
-        return torch.cat([encode(i, c) for i, c in pairs])
-
-
-# ------------------------------------------------------------------------------------------------- stored on disk
+        return torch.cat([run(i, c) for i, c in zip(owner.split(chunk), classes.split(chunk))])
 
 
 class StoredBatch(ImageBatch):
@@ -117,36 +104,25 @@ class StoredBatch(ImageBatch):
     """
 
     def __init__(
-        self,
-        backbone: Backbone,
-        paths: Sequence[str],
-        store: FeatureStore,
-        keys: Sequence[bytes],
-        read: Callable[[Sequence[int]], torch.Tensor],
+        self, backbone: Backbone, paths: Sequence[str], store: FeatureStore, keys: Sequence[bytes], read: Callable
     ) -> None:
         super().__init__(backbone, torch.empty(0), paths)
         self._store, self._keys, self._read = store, keys, read
 
-    def _encode(self) -> torch.Tensor:
+    def _encode(self) -> Tensor:
         found = self._store.look_up(self._keys, lambda rows: self.backbone.encode_image(self._read(rows)))
         return found.to(self.backbone.logit_scale.device)
 
-    def _encode_pasted(
-        self, blocks: torch.Tensor, owner: torch.Tensor, classes: torch.Tensor, places: torch.Tensor, store: bool
-    ) -> torch.Tensor:
-        at, pairs = places.tolist(), list(zip(owner.tolist(), classes.tolist()))
+    def _encode_pasted(self, blocks: Tensor, owner: Tensor, classes: Tensor, places: Tensor, store: bool) -> Tensor:
+        at, pairs = places.tolist(), zip(owner.tolist(), classes.tolist())
         keys = [digest(self._keys[i], *at[i], self._store.block_digest(blocks, c)) for i, c in pairs]
 
-        def encode(missing: list[int]) -> torch.Tensor:
-            images = sorted({pairs[n][0] for n in missing})
-            rows = torch.tensor([images.index(pairs[n][0]) for n in missing])
-            some = classes[torch.tensor(missing, device=classes.device)]
-            return encode_pasted(self.backbone, self._read(images), blocks, rows, some, places[images])
+        def encode(missing: list[int]) -> Tensor:
+            images, rows = owner[missing].unique(return_inverse=True)
+            pixels = self._read(images.tolist())
+            return encode_pasted(self.backbone, pixels, blocks, rows, classes[missing], places[images])
 
         return self._store.look_up(keys, encode, store).to(self.backbone.logit_scale.device)
-
-
-# ------------------------------------------------------------------------------------------------- cached in memory
 
 
 class ViewCache:
@@ -164,33 +140,26 @@ class ViewCache:
     """
 
     def __init__(
-        self,
-        backbone: Backbone,
-        items: Sequence[Any],
-        transform: Callable[[Any], torch.Tensor],
-        views: int,
-        seed: int,
-        room: float = 2**30,
+        self, backbone: Backbone, items: Sequence[Any], transform: Callable, views: int, seed: int, room: float = 2**30
     ) -> None:
         self.backbone, self.items, self.transform, self.views, self.seed = backbone, items, transform, views, seed
         self._decoded: dict[int, Any] = {}
         self._room = room
-        self._rows: dict[Key, int] = {}  # of _features
-        self._features = torch.empty(0)
-        self._groups: list[torch.Tensor] = []  # (n, 5) keys that were encoded together, in that order
+        self._features: dict[Key, Tensor] = {}
+        self._groups: list[Tensor] = []  # (n, 5) keys that were encoded together, in that order
         self._group_of: dict[Key, int] = {}  # group of the keys that an earlier process encoded
         draw = torch.Generator().manual_seed(seed)
         self.uniform = torch.rand(len(items), views, 2, dtype=torch.float64, generator=draw)
 
     def __len__(self) -> int:
         """Number of cached features."""
-        return len(self._rows)
+        return len(self._features)
 
-    def batch(self, index: torch.Tensor, epoch: int) -> ViewBatch:
+    def batch(self, index: Tensor, epoch: int) -> ViewBatch:
         """The images numbered ``index`` (B,), in the view whose turn it is in an epoch."""
         return ViewBatch(self, index.tolist(), epoch % self.views)
 
-    def pixels(self, i: int, view: int) -> torch.Tensor:
+    def pixels(self, i: int, view: int) -> Tensor:
         """(3, H, W) of a view."""
         image = self._decoded.get(i) or read_image(self.items[i].impath)
         size = 3 * image.width * image.height
@@ -199,77 +168,61 @@ class ViewCache:
         with seeded(seed_of(f"{self.seed}/{i}/{view}")):
             return self.transform(image)
 
-    def look_up(self, keys: Sequence[Key], blocks: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def look_up(self, keys: Sequence[Key], blocks: Optional[Tensor] = None) -> Tensor:
         """(P, E) features of P keys, not of unit length; missing ones are encoded.
 
         The last digits of a feature depend on what is encoded with it, so a resumed run encodes in the same groups.
         """
         for key in keys:
-            if key not in self._rows and key in self._group_of:
+            if key not in self._features and key in self._group_of:
                 self._encode([tuple(k) for k in self._groups[self._group_of[key]].tolist()], blocks)
-        missing = list(dict.fromkeys(key for key in keys if key not in self._rows))
+        missing = list(dict.fromkeys(key for key in keys if key not in self._features))
         if missing:
             self._groups.append(torch.tensor(missing, dtype=torch.int32))
             self._encode(missing, blocks)
-        return self._features[[self._rows[key] for key in keys]]
+        return torch.stack([self._features[key] for key in keys])
 
-    def _encode(self, keys: Sequence[Key], blocks: Optional[torch.Tensor]) -> None:
+    def _encode(self, keys: Sequence[Key], blocks: Optional[Tensor]) -> None:
         """Encode keys of one view, all of them with a class or all without."""
-        view = keys[0][1]
-        images = sorted({key[0] for key in keys})
-        device = self.backbone.logit_scale.device
-        pixels = torch.stack([self.pixels(i, view) for i in images]).to(device)
-        position = {i: n for n, i in enumerate(images)}
+        place_of = {key[0]: key[3:] for key in sorted(keys)}
+        position = {i: n for n, i in enumerate(place_of)}
+        pixels = torch.stack([self.pixels(i, keys[0][1]) for i in place_of]).to(self.backbone.logit_scale.device)
         rows = torch.tensor([position[key[0]] for key in keys])
         if keys[0][2] < 0:
-            self._add(keys, self.backbone.encode_image(pixels[rows]))
-            return
-        place_of = {key[0]: key[3:] for key in keys}
-        places = torch.tensor([place_of[i] for i in images])
-        classes = torch.tensor([key[2] for key in keys])
-        self._add(keys, encode_pasted(self.backbone, pixels, blocks, rows, classes, places))
+            features = self.backbone.encode_image(pixels[rows])
+        else:
+            classes, places = torch.tensor([key[2] for key in keys]), torch.tensor(list(place_of.values()))
+            features = encode_pasted(self.backbone, pixels, blocks, rows, classes, places)
+        self._features.update(zip(keys, features))
 
-    def _add(self, keys: Sequence[Key], features: torch.Tensor) -> None:
-        start, needed = len(self._rows), len(self._rows) + len(keys)
-        if needed > len(self._features):  # doubled, so that a feature is copied only a few times
-            grown = features.new_empty(max(needed, 2 * len(self._features)), features.shape[1])
-            grown[:start] = self._features[:start].view(start, features.shape[1])
-            self._features = grown
-        self._features[start:needed] = features
-        self._rows.update((key, start + n) for n, key in enumerate(keys))
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """What was encoded together, in order."""
         sizes = torch.tensor([len(group) for group in self._groups], dtype=torch.int32)
         return {"keys": torch.cat([torch.empty(0, 5, dtype=torch.int32), *self._groups]), "sizes": sizes}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Encode in the groups of the run whose :meth:`state_dict` this is, once their features are asked for."""
-        if state["keys"].shape[1] != 5:  # of an earlier version: features are encoded in new groups
-            return
-        self._groups = list(state["keys"].split(state["sizes"].tolist())) if len(state["sizes"]) else []
-        self._group_of = {tuple(key): n for n, group in enumerate(self._groups) for key in group.tolist()}
+        if state["keys"].shape[1] == 5:  # else of an earlier version: features are encoded in new groups
+            self._groups = list(state["keys"].split(state["sizes"].tolist()))
+            self._group_of = {tuple(key): n for n, group in enumerate(self._groups) for key in group.tolist()}
 
 
 class ViewBatch(ImageBatch):
     """Training images of a :class:`ViewCache` in one view."""
 
-    def __init__(self, cache: ViewCache, index: Sequence[int], view: int) -> None:
+    def __init__(self, cache: ViewCache, index: list[int], view: int) -> None:
         super().__init__(cache.backbone, torch.empty(0))
         self._cache, self._index, self._view = cache, index, view
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def uniform(self, seed: int) -> torch.Tensor:
+    def uniform(self, seed: int) -> Tensor:
         return self._cache.uniform[self._index, self._view]
 
-    def _encode(self) -> torch.Tensor:
+    def _encode(self) -> Tensor:
         return self._cache.look_up([(i, self._view, -1, 0, 0) for i in self._index])
 
-    def _encode_pasted(
-        self, blocks: torch.Tensor, owner: torch.Tensor, classes: torch.Tensor, places: torch.Tensor, store: bool
-    ) -> torch.Tensor:
-        at, index = places.tolist(), self._index
-        pairs = zip(owner.tolist(), classes.tolist())
-        return self._cache.look_up([(index[i], self._view, c, *at[i]) for i, c in pairs], blocks)
+    def _encode_pasted(self, blocks: Tensor, owner: Tensor, classes: Tensor, places: Tensor, store: bool) -> Tensor:
+        at, pairs = places.tolist(), zip(owner.tolist(), classes.tolist())
+        return self._cache.look_up([(self._index[i], self._view, c, *at[i]) for i, c in pairs], blocks)

@@ -25,23 +25,18 @@ def find_images(
 ) -> Iterator[Source]:
     """The given files, and the images in given folders and their subfolders, in order of name; one at a time.
 
-    In a folder, images are recognised by their suffix; hidden files are ignored. Links are followed, except to a folder
-    that contains them.
-
-    Args:
-        paths: files and folders.
-        roots: data roots. An image's relative path is the one below the first of them that contains it; without one,
-            the path below the given folder, or the name of a given file.
-        skipped: called with the path of every file in a folder that is not an image.
+    In a folder, images are recognised by their suffix and hidden files are ignored; ``skipped`` is called with the path
+    of every other file. Links are followed, except to a folder that contains them. An image's relative path is the one
+    below the first data root that contains it, else below the given folder, or the name of a given file.
     """
     for path in map(os.fspath, paths):
         if not os.path.isdir(path):
             yield Source(path, _relative(path, [*roots, os.path.dirname(path)]))
             continue
-        source = None
+        found = None
         for found, problem in _walk(path, frozenset(), skipped):
-            yield (source := Source(found, _relative(found, [*roots, path]), problem))
-        if source is None:
+            yield Source(found, _relative(found, [*roots, path]), problem)
+        if found is None:
             yield Source(path, "", "no images in this folder")
 
 

@@ -52,15 +52,10 @@ def paste(images: torch.Tensor, blocks: torch.Tensor, places: torch.Tensor) -> t
     Args:
         images: (B, 3, H, W), which are not modified.
         blocks: (B, 3, h, w) in the same range and normalisation as the images; may require gradients.
-        places: (B, 2) rows of (top, left).
-
-    Raises:
-        ValueError: a block does not fit inside its image.
+        places: (B, 2) rows of (top, left). Raises ValueError for one where the block does not fit inside its image.
     """
     (height, width), (h, w) = images.shape[-2:], blocks.shape[-2:]
-    if len(places) and not (
-        int(places.min()) >= 0 and int(places[:, 0].max()) + h <= height and int(places[:, 1].max()) + w <= width
-    ):
+    if ((places < 0) | (places > places.new_tensor([height - h, width - w]))).any():
         raise ValueError(f"a block of {h}x{w} pixels does not fit inside an image of {height}x{width}")
     places = places.to(images.device)
     rows = torch.arange(height, device=images.device) - places[:, :1]  # (B, H): row within the block, if any

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
 from .backbone import Backbone
 from .errors import UserError
@@ -21,8 +23,6 @@ class PromptLearner(nn.Module):
     """Learnable context vectors u_1 … u_M around class names (Eq. 2).
 
     Args:
-        backbone: provides the embeddings.
-        classnames: C class names; underscores count as spaces.
         n_ctx: M, number of context vectors; ``ctx_init`` overrides it with the number of its tokens.
         ctx_init: words that the context starts from ("a photo of a"); empty: drawn from N(0, 0.02²).
         csc: class-specific contexts, M vectors per class.
@@ -30,9 +30,6 @@ class PromptLearner(nn.Module):
 
     ``ctx`` is the only parameter and the only entry of the state dict: (M, D), or (C, M, D) when class-specific; then
     row c belongs to a class name, and a class that was not trained has none.
-
-    Raises:
-        UserError: a prompt is longer than the context length, or an unknown position.
     """
 
     per_class: tuple[str, ...] = ()
@@ -52,17 +49,13 @@ class PromptLearner(nn.Module):
             raise UserError(f"CLASS_TOKEN_POSITION {class_token_position}: choose one of {', '.join(POSITIONS)}")
         if n_ctx < 1:
             raise UserError(f"N_CTX {n_ctx}: at least one context vector is needed")
-        width = backbone.token_embedding.weight.shape[1]
-        # CoOp learns in half precision where the encoders compute in it; bfloat16 has too few digits for that.
-        dtype = torch.float32 if backbone.dtype == torch.bfloat16 else backbone.dtype
-        words: Optional[torch.Tensor] = None
+        words: Optional[Tensor] = None
         if ctx_init:
             tokens = encode_tokens(backbone, [clean_name(ctx_init)])
             n_ctx = len(tokens[0]) - 1
             if n_ctx < 1:
                 raise UserError(f'CTX_INIT "{ctx_init}": it has no words; leave it empty for a random context')
             words = embed_tokens(backbone, tokens)[0][0, 1 : 1 + n_ctx]
-
         names = [clean_name(name) for name in classnames]
         suffixes = encode_tokens(backbone, [f"{name}." for name in names], reserved=n_ctx)
         embeddings, last = embed_tokens(backbone, suffixes)
@@ -71,40 +64,44 @@ class PromptLearner(nn.Module):
         self.register_buffer("token_prefix", embeddings[:, :1], persistent=False)  # [SOS]
         self.register_buffer("token_suffix", embeddings[:, 1:], persistent=False)  # name, full stop, [EOT]
         self.eot = last.cpu() + n_ctx  # on the CPU, to avoid a device sync
-        name_lens = [len(backbone.tokenizer.encode(name)) for name in names]
-        order = _prompt_order(name_lens, n_ctx, embeddings.shape[1] - 1, class_token_position)
-        self.register_buffer("order", None if order is None else order.to(embeddings.device), persistent=False)
+        # (C, L) order in which to read [SOS, context, suffix] so that the name ends up at its position; None: as it is
+        self.register_buffer("order", None, persistent=False)
+        if class_token_position != "end":
+            sos, *positions = range(n_ctx + embeddings.shape[1])
+            before = n_ctx // 2 if class_token_position == "middle" else 0
+            ends = [n_ctx + len(backbone.tokenizer.encode(name)) for name in names]
+            context = positions[:before], positions[before:n_ctx]
+            rows = [[sos, *context[0], *positions[n_ctx:end], *context[1], *positions[end:]] for end in ends]
+            self.order = torch.tensor(rows, device=embeddings.device)
 
         if csc:
             self.per_class, self.serves_unseen_classes = ("ctx",), False
-        shape = (self.n_cls, n_ctx, width) if csc else (n_ctx, width)
-        ctx = torch.empty(shape, dtype=dtype)
-        if words is None:
-            nn.init.normal_(ctx, std=0.02)
-        else:
-            ctx.copy_(words.expand(shape))
-        self.ctx = nn.Parameter(ctx)
+        # CoOp learns in half precision where the encoders compute in it; bfloat16 has too few digits for that.
+        dtype = torch.float32 if backbone.dtype == torch.bfloat16 else backbone.dtype
+        width = embeddings.shape[2]
+        ctx = torch.empty((self.n_cls, n_ctx, width) if csc else (n_ctx, width), dtype=dtype)
+        self.ctx = nn.Parameter(nn.init.normal_(ctx, std=0.02) if words is None else ctx.copy_(words.expand_as(ctx)))
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (C, L, D) prompts for :class:`TextEncoder` and the (C,) positions of their [EOT]."""
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """(C, L, D) prompts for :class:`TextEncoder` and the (C,) positions of their [EOT]."""
         return self.assemble(self.ctx.expand(self.n_cls, -1, -1))
 
-    def encoder_inputs(self) -> tuple[torch.Tensor, ...]:
+    def encoder_inputs(self) -> tuple[Tensor, ...]:
         """Arguments of :class:`TextEncoder` that encode all classes at the lowest cost.
 
-        When all classes share the tokens before their names: (C, S, D) names with full stop and [EOT], (C,) positions
+        Where all classes share the tokens before their names: (C, S, D) names with full stop and [EOT], (C,) positions
         of [EOT] in them, (1 + M, D) prefix. Otherwise the result of :meth:`forward`.
         """
         if self.ctx.dim() == 3 or self.order is not None:
             return self()
         return self.token_suffix, self.eot - 1 - self.n_ctx, self.prefix(self.ctx)
 
-    def prefix(self, ctx: torch.Tensor) -> torch.Tensor:
+    def prefix(self, ctx: Tensor) -> Tensor:
         """Contexts (…, M, D) -> [SOS, u_1 … u_M], (…, 1 + M, D)."""
         sos = self.token_prefix[0].expand(*ctx.shape[:-2], -1, -1)
         return torch.cat([sos, ctx.to(sos.dtype)], dim=-2)
 
-    def assemble(self, ctx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def assemble(self, ctx: Tensor) -> tuple[Tensor, Tensor]:
         """Combine contexts (C, M, D) with [SOS], names and [EOT]; returns the same as :meth:`forward`."""
         prompts = torch.cat([self.token_prefix, ctx.to(self.token_prefix.dtype), self.token_suffix], dim=1)
         if self.order is not None:
@@ -115,28 +112,22 @@ class PromptLearner(nn.Module):
 def meta_net(n_in: int, n_out: int, reduction: int = 16) -> nn.Sequential:
     """CoCoOp's Meta-Net: Linear-ReLU-Linear with n_in / reduction hidden units, under CoCoOp's names."""
     n_hidden = max(1, n_in // reduction)
-    net = nn.Sequential()
-    net.add_module("linear1", nn.Linear(n_in, n_hidden))
-    net.add_module("relu", nn.ReLU(inplace=True))
-    net.add_module("linear2", nn.Linear(n_hidden, n_out))
-    return net
+    linear1, linear2 = nn.Linear(n_in, n_hidden), nn.Linear(n_hidden, n_out)
+    return nn.Sequential(OrderedDict(linear1=linear1, relu=nn.ReLU(inplace=True), linear2=linear2))
 
 
 class TwoStagePromptLearner(PromptLearner):
     """Class-specific contexts in two stages (section 3.2.3).
 
     Stage 1: a light MLP maps the text feature of a class's hand-made prompt to the M context vectors of that class.
-    Stage 2: the generated contexts of the training classes become free parameters. Classes that were not trained use
-    the context of stage 1, so the prompts serve any list of classes.
+    Stage 2: the generated contexts of the training classes become free parameters; others use the context of stage 1.
 
-    Stage 1 trains ``meta_net`` (the MLP), stage 2 trains ``ctx`` (C, M, D). The buffer ``trained`` (C,) marks the
-    classes that have a context of stage 2; all three make up the state dict. The rows of ``ctx`` and ``trained`` belong
-    to class names: when a checkpoint meets other classes, classes of the same name take its rows.
+    The state dict holds ``meta_net`` (the MLP, of E / reduction hidden units), ``ctx`` (C, M, D) and ``trained`` (C,),
+    which marks the classes that have a context of stage 2. The rows of the last two belong to class names: when a
+    checkpoint meets other classes, classes of the same name take its rows.
 
-    Parameters are float32 whatever the encoder's precision: at first the MLP's output does not depend on its input, and
-    such small gradients would vanish in half precision.
-
-    At initialisation the MLP, of E / reduction hidden units, generates the initial context for every class.
+    At initialisation the MLP generates the initial context for every class. Parameters are float32 whatever the
+    encoder's precision: the gradients of an output that does not yet depend on its input would vanish in half.
     """
 
     per_class = ("ctx", "trained")
@@ -149,8 +140,7 @@ class TwoStagePromptLearner(PromptLearner):
         initial = self.ctx.detach().to(dtype)  # (M, D)
         hand_made = encode_texts(backbone, [DEFAULT_TEMPLATE.format(clean_name(name)) for name in classnames])
         self.register_buffer("hand_made", hand_made, persistent=False)  # (C, E)
-        n_in = hand_made.shape[1]
-        self.meta_net = meta_net(n_in, initial.numel(), reduction)
+        self.meta_net = meta_net(hand_made.shape[1], initial.numel(), reduction)
         nn.init.zeros_(self.meta_net.linear2.weight)
         with torch.no_grad():
             self.meta_net.linear2.bias.copy_(initial.flatten())
@@ -163,7 +153,7 @@ class TwoStagePromptLearner(PromptLearner):
     def _count(self, _: Any = None) -> None:
         self.n_trained = int(self.trained.sum())
 
-    def generate(self) -> torch.Tensor:
+    def generate(self) -> Tensor:
         """Stage 1: (C, M, D) contexts of all classes."""
         return self.meta_net(self.hand_made.to(self.ctx.dtype)).view_as(self.ctx)
 
@@ -179,21 +169,9 @@ class TwoStagePromptLearner(PromptLearner):
         self.trained.fill_(True)
         self._count()
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (C, L, D) prompts for :class:`TextEncoder` and the (C,) positions of their [EOT]."""
+    def forward(self) -> tuple[Tensor, Tensor]:
         if self.n_trained == self.n_cls:  # stage 2: the MLP stays as it is
             return self.assemble(self.ctx)
         if self.n_trained == 0:
             return self.assemble(self.generate())
         return self.assemble(torch.where(self.trained[:, None, None], self.ctx, self.generate()))
-
-
-def _prompt_order(name_lens: list[int], n_ctx: int, n_suffix: int, position: str) -> Optional[torch.Tensor]:
-    """(C, L) order in which to read [SOS, context, suffix] so that the name ends up at ``position``; None: as it is."""
-    if position == "end":
-        return None
-    before = n_ctx // 2 if position == "middle" else 0
-    context = list(range(1, 1 + n_ctx))
-    suffix = list(range(1 + n_ctx, 1 + n_ctx + n_suffix))
-    rows = [[0, *context[:before], *suffix[:n], *context[before:], *suffix[n:]] for n in name_lens]
-    return torch.tensor(rows)

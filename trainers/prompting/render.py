@@ -11,6 +11,7 @@ import itertools
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,19 +29,11 @@ MAX_CONTRAST = 10.0  # few pairs of colours exceed it
 SIZE_STEP = 0.25  # of the font sizes tried, in pixels
 
 
-# ------------------------------------------------------------------------------------------------- names to masks
-
-
 def rasterise(classnames: Sequence[str], height: int, width: int, font: str = "") -> torch.Tensor:
     """Draw every class name as large as fits, on one to three lines, centred.
 
-    Args:
-        classnames: C names; underscores count as spaces.
-        height, width: h and w of the block, in pixels.
-        font: path of a TrueType/OpenType file; empty: the font that Pillow ships (Aileron).
-
-    Returns (C, 1, h, w) coverage in [0, 1]: 1 is text, 0 is background. Raises UserError where the font can draw no
-    character of a name, or cannot be read.
+    Returns (C, 1, h, w) coverage in [0, 1]: 1 is text, 0 is background. ``font`` is the path of a TrueType/OpenType
+    file; empty: the font that Pillow ships (Aileron). Raises UserError where it can draw no character of a name.
     """
     typeface = _Typeface(font)
     texts, incomplete, small, masks = [], {}, set(), {}
@@ -54,9 +47,8 @@ def rasterise(classnames: Sequence[str], height: int, width: int, font: str = ""
                 text = ""
         if not text:
             shown = f'"{printable(name)}"' if name.strip() else "an empty class name"
-            raise UserError(
-                f"{shown} cannot be drawn with {typeface.name}: set TRAINER.LOGOPROMPT.FONT to another font"
-            )
+            remedy = "set TRAINER.LOGOPROMPT.FONT to another font"
+            raise UserError(f"{shown} cannot be drawn with {typeface.name}: {remedy}")
         if missing:
             incomplete[name] = printable(f'"{name}" ({missing}) is drawn as "{text}"')
         texts.append(text)
@@ -79,11 +71,7 @@ class _Typeface:
         self.name = path or "Pillow's built-in font"
         self._layout = ImageFont.Layout.BASIC if not path else None  # complex shaping for the user's own font
         try:
-            if path:
-                with open(path, "rb") as file:
-                    self._bytes = file.read()
-            else:
-                self._bytes = ImageFont.load_default(12).font_bytes
+            self._bytes = Path(path).read_bytes() if path else ImageFont.load_default(12).font_bytes
             self._characters = _characters(self._bytes)
             self._sizes: dict[float, ImageFont.FreeTypeFont] = {}
             self.at(12)
@@ -124,18 +112,16 @@ def _draw(text: str, height: int, width: int, typeface: _Typeface) -> tuple[torc
     pad = 1 if min(height, width) > 4 else 0  # anti-aliased edges stay inside the block
     room = (height - 2 * pad, width - 2 * pad)
     words = text.split()
-    best: tuple[float, list[str]] = (0.0, [" ".join(words)])
+    size, lines = 0.0, [" ".join(words)]
     for n_lines in range(1, min(MAX_LINES, len(words)) + 1):
-        lines = _break_lines(words, n_lines, typeface)
-        size = _largest_size(lines, room, typeface, at_least=best[0])
-        if size > best[0]:
-            best = (size, lines)
-    size, lines = best
+        broken = _break_lines(words, n_lines, typeface)
+        largest = _largest_size(broken, room, typeface, at_least=size)
+        if largest > size:
+            size, lines = largest, broken
     size = size or SIZE_STEP
     boxes, offsets = _layout(lines, typeface.at(size))
     top, bottom = offsets[0] + boxes[0][1], offsets[-1] + boxes[-1][3]
-    image = Image.new("L", (width, height), 0)
-    canvas = ImageDraw.Draw(image)
+    canvas = ImageDraw.Draw(image := Image.new("L", (width, height), 0))
     y = (height - (bottom - top)) / 2 - top
     for line, box, offset in zip(lines, boxes, offsets):
         x = (width - (box[2] - box[0])) / 2 - box[0]
@@ -147,11 +133,8 @@ def _break_lines(words: list[str], n_lines: int, typeface: _Typeface) -> list[st
     """The break into ``n_lines`` lines whose longest line is shortest."""
     font = typeface.at(64)
     length = lru_cache(maxsize=None)(lambda first, end: font.getlength(" ".join(words[first:end])))
-    candidates = []
-    for breaks in itertools.combinations(range(1, len(words)), n_lines - 1):
-        edges = (0, *breaks, len(words))
-        candidates.append((max(map(length, edges, edges[1:])), edges))
-    edges = min(candidates, key=lambda candidate: candidate[0])[1]
+    candidates = ((0, *breaks, len(words)) for breaks in itertools.combinations(range(1, len(words)), n_lines - 1))
+    edges = min(candidates, key=lambda edges: max(map(length, edges, edges[1:])))
     return [" ".join(words[a:b]) for a, b in zip(edges, edges[1:])]
 
 
@@ -168,8 +151,7 @@ def _largest_size(lines: list[str], room: tuple[int, int], typeface: _Typeface, 
 
     def fits(steps: int) -> bool:
         boxes, offsets = _layout(lines, typeface.at(steps * SIZE_STEP))
-        tall = offsets[-1] + boxes[-1][3] - boxes[0][1]
-        wide = max(box[2] - box[0] for box in boxes)
+        tall, wide = offsets[-1] + boxes[-1][3] - boxes[0][1], max(box[2] - box[0] for box in boxes)
         return tall <= room[0] and wide <= room[1]
 
     low, high = int(at_least / SIZE_STEP), int(2 * max(room) / SIZE_STEP) + 1
@@ -181,20 +163,13 @@ def _largest_size(lines: list[str], room: tuple[int, int], typeface: _Typeface, 
     return low * SIZE_STEP
 
 
-# ------------------------------------------------------------------------------------------------- masks to blocks
-
-
 def draw_colours(classnames: Sequence[str], seed: int, min_contrast: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Random text and background colours, fixed per class: a function of (seed, class name) only.
 
     So a class has the same colours among any other classes (base, new, all) and on any machine.
 
-    Args:
-        min_contrast: least contrast ratio between text and background as WCAG 2 defines it, from 1 (any colours) to
-            MAX_CONTRAST; 4.5 is WCAG's limit for text that can be read.
-
-    Returns:
-        (C, 3) text colours and (C, 3) background colours, RGB in [0, 1].
+    ``min_contrast`` is the least contrast ratio between the two, from 1 (any colours) to MAX_CONTRAST; 4.5 is WCAG's
+    limit for text that can be read. Returns (C, 3) text and (C, 3) background colours, RGB in [0, 1].
     """
     pairs = []
     for name in classnames:
@@ -206,7 +181,7 @@ def draw_colours(classnames: Sequence[str], seed: int, min_contrast: float) -> t
 
 def contrast(first: Sequence[float], second: Sequence[float]) -> float:
     """Contrast ratio of two sRGB colours in [0, 1], from 1 (equal) to 21 (black on white), after WCAG 2."""
-    light, dark = sorted((_luminance(first), _luminance(second)), reverse=True)
+    dark, light = sorted(map(_luminance, (first, second)))
     return (light + 0.05) / (dark + 0.05)
 
 
@@ -235,9 +210,6 @@ class VisualPrompts(nn.Module):
 
     ``pixels`` (C, 3, h, w), RGB in [0, 1], belong to class names. When a checkpoint meets other classes, classes of the
     same name take its blocks and the others keep their rendered ones.
-
-    Args:
-        blocks: (C, 3, h, w) rendered blocks to start from.
     """
 
     per_class = ("pixels",)

@@ -7,22 +7,23 @@ softmaxes over all C classes, for the original image and for every class-conditi
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 LOSSES = ("infonce", "paper")
 
 
-def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+def log_probabilities(logits: Tensor) -> Tensor:
     """log p(c|x), a softmax over the last dimension; half precision is converted to float32 first."""
     return torch.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def top_classes(logits: torch.Tensor, k: int) -> torch.Tensor:
+def top_classes(logits: Tensor, k: int) -> Tensor:
     """The k most probable classes: (B, C) -> (B, min(k, C)), best first; of equals the lower label comes first."""
     # A stable sort, because the order of ties in topk depends on the device.
     return logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
-def hard_negatives(logits: torch.Tensor, label: torch.Tensor, k: int) -> torch.Tensor:
+def hard_negatives(logits: Tensor, label: Tensor, k: int) -> Tensor:
     """c_1 … c_K: the K most probable classes of the original image other than its label y (section 3.2.2).
 
     (B, C) logits and (B,) labels -> (B, min(K, C - 1)) labels, most probable first.
@@ -34,12 +35,8 @@ def hard_negatives(logits: torch.Tensor, label: torch.Tensor, k: int) -> torch.T
 
 
 def min_max_loss(
-    positive: torch.Tensor,
-    positive_conditional: torch.Tensor,
-    negative: torch.Tensor,
-    negative_conditional: torch.Tensor,
-    form: str,
-) -> torch.Tensor:
+    positive: Tensor, positive_conditional: Tensor, negative: Tensor, negative_conditional: Tensor, form: str
+) -> Tensor:
     """Eq. 3: L = -log( min(p(y|x), p(y|x_y)) / sum_k max(p(c_k|x), p(c_k|x_{c_k})) ), per image.
 
     Args:
@@ -50,8 +47,7 @@ def min_max_loss(
         form: ``"paper"`` as printed (unbounded below: the positive is not in the denominator), ``"infonce"`` with the
             positive added to the denominator, as in InfoNCE, which the paper extends (then L >= 0).
 
-    Returns:
-        (B,) losses; zero without negatives (C = 1).
+    Returns (B,) losses; zero without negatives (C = 1).
     """
     hardest_positive = torch.minimum(positive, positive_conditional)
     hardest_negatives = torch.maximum(negative, negative_conditional)
@@ -62,17 +58,11 @@ def min_max_loss(
     return hardest_negatives.logsumexp(dim=1) - hardest_positive
 
 
-def select(original: torch.Tensor, candidates: torch.Tensor, conditional: torch.Tensor) -> torch.Tensor:
+def select(original: Tensor, candidates: Tensor, conditional: Tensor) -> Tensor:
     """Visual prompt selection: argmax_k max(p(c_k|x), p(c_k|x_{c_k})) over the top-K classes (section 3.2.2).
 
-    Args:
-        original: (B, C) log p(c|x).
-        candidates: (B, K) the top-K classes of x.
-        conditional: (B, K) log p(c_k|x_{c_k}).
-
-    Returns:
-        (B, C) scores whose argmax is the prediction: log max(p(c_k|x), p(c_k|x_{c_k})) for the candidates, -inf for all
-        other classes.
+    (B, C) log p(c|x), (B, K) the top-K classes of x and (B, K) log p(c_k|x_{c_k}) -> (B, C) scores whose argmax is the
+    prediction: log max(p(c_k|x), p(c_k|x_{c_k})) for the candidates, -inf for all other classes.
     """
     winners = torch.maximum(original.gather(1, candidates), conditional)
     return torch.full_like(original, float("-inf")).scatter(1, candidates, winners)

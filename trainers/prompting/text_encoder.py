@@ -14,43 +14,41 @@ from typing import Any, Optional
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from .backbone import Backbone
 from .errors import UserError
 
+UNSCALED = nn.Identity()  # open_clip's blocks have a LayerScale, the identity for CLIP itself; OpenAI's have none
 MAX_PADDING_TOKENS = 64  # in a pass over the layers; beyond that prompts of other lengths get a pass of their own
 
 
 def encode_tokens(backbone: Backbone, texts: Sequence[str], reserved: int = 0) -> list[list[int]]:
     """Token ids of each text followed by [EOT], without [SOS].
 
-    Raises UserError where a prompt with ``reserved`` further positions exceeds the text encoder's context length.
+    Raises UserError where a prompt with ``reserved`` further positions exceeds the context length.
     """
     tokens = [[*backbone.tokenizer.encode(text), backbone.eot_token] for text in texts]
-    room = backbone.context_length - 1 - reserved
     for text, ids in zip(texts, tokens):
-        if len(ids) > room:
-            raise UserError(
-                f'the prompt for "{text[:60]}" needs {len(ids) + 1 + reserved} tokens, {backbone.name} takes '
-                f"{backbone.context_length}: shorten the class name or the context (N_CTX, CTX_INIT)"
-            )
+        needed, allowed = len(ids) + 1 + reserved, backbone.context_length
+        if needed > allowed:
+            fault = f'the prompt for "{text[:60]}" needs {needed} tokens, {backbone.name} takes {allowed}'
+            raise UserError(f"{fault}: shorten the class name or the context (N_CTX, CTX_INIT)")
     return tokens
 
 
-def embed_tokens(backbone: Backbone, tokens: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def embed_tokens(backbone: Backbone, tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Token ids of unequal length -> (N, L, D) embeddings with [SOS] in front, and (N,) positions of the last tokens.
 
-    Sequences shorter than the longest, L, are padded with token 0, as in CLIP.
+    Shorter sequences are padded with token 0, as in CLIP.
     """
-    last = torch.tensor([len(ids) for ids in tokens])
-    ids = torch.zeros(len(tokens), int(last.max()) + 1, dtype=torch.long)
-    for row, sequence in zip(ids, tokens):
-        row[: len(sequence) + 1] = torch.tensor([backbone.sot_token, *sequence])
     device = backbone.token_embedding.weight.device
+    ids = pad_sequence([torch.tensor([backbone.sot_token, *sequence]) for sequence in tokens], batch_first=True)
     with torch.no_grad():
         embeddings = backbone.token_embedding(ids.to(device)).to(backbone.dtype)
-    return embeddings, last.to(device)
+    return embeddings, torch.tensor([len(sequence) for sequence in tokens], device=device)
 
 
 class TextEncoder(nn.Module):
@@ -65,7 +63,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.backbone, self.chunk = backbone, chunk
 
-    def forward(self, prompts: torch.Tensor, eot: torch.Tensor, prefix: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def forward(self, prompts: Tensor, eot: Tensor, prefix: Optional[Tensor] = None) -> Tensor:
         """Encode prompts up to their end-of-text tokens.
 
         Args:
@@ -75,38 +73,32 @@ class TextEncoder(nn.Module):
             prefix: (P, D) or (B, P, D) embeddings beginning with [SOS] that every prompt starts with; B of them make B
                 prompts of every class (CoCoOp: one prefix per image). Each is encoded once, whatever C is.
 
-        Returns:
-            (C, E) text features of unit length, (B, C, E) for B prefixes.
+        Returns (C, E) text features of unit length, (B, C, E) for B prefixes.
         """
         before = None if prefix is None else self._keys_and_values(prefix if prefix.dim() == 3 else prefix.unsqueeze(0))
-        last = eot.tolist()
-        passes = [part for members in length_buckets(last) for part in _split(members, self.chunk)]
+        last, size = eot.tolist(), self.chunk or len(eot)
+        passes = [bucket[i : i + size] for bucket in length_buckets(last) for i in range(0, len(bucket), size)]
         encode = self._encode
         if self.chunk and len(passes) > 1 and torch.is_grad_enabled():
             encode = partial(checkpoint, self._encode, use_reentrant=False)
-        features = []
-        for members in passes:
-            length = last[members[0]] + 1  # of the longest
-            features.append(encode(prompts, members, length, [last[i] for i in members], before))
+        features = [encode(prompts, members, [last[i] for i in members], before) for members in passes]
         order = torch.tensor([i for members in passes for i in members], device=prompts.device).argsort()
         found = torch.cat(features, dim=-2).index_select(-2, order)
         return found.squeeze(0) if prefix is not None and prefix.dim() == 2 else found
 
-    def _encode(
-        self, prompts: torch.Tensor, members: list[int], length: int, last: list[int], before: Optional[list[Any]]
-    ) -> torch.Tensor:
-        """Encode the prompts ``members``, cut to ``length``, after a prefix given by its keys and values, if any."""
-        clip = self.backbone
+    def _encode(self, prompts: Tensor, members: list[int], last: list[int], before: Optional[list[Any]]) -> Tensor:
+        """Encode the prompts ``members``, longest first, after a prefix given by its keys and values, if any."""
+        clip, length = self.backbone, last[0] + 1
         start = 0 if before is None else before[0][0].shape[-2]
         x = prompts[members, :length] + clip.positional_embedding[start : start + length].to(prompts.dtype)
         if before is not None:
             x = x.expand(len(before[0][0]), -1, -1, -1)
-        for i, block in enumerate(clip.blocks):
-            x, _, _ = self._block(block, x, None if before is None else before[i])
+        for block, keys_and_values in zip(clip.blocks, before or [None] * len(clip.blocks)):
+            x, _, _ = self._block(block, x, keys_and_values)
         x = clip.ln_final(x[..., torch.arange(len(members)), last, :])
         return F.normalize(x.to(clip.dtype) @ clip.text_projection, dim=-1)
 
-    def _keys_and_values(self, prefix: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _keys_and_values(self, prefix: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(B, P, D) embeddings -> keys and values of every layer, (B, heads, P, d) each."""
         clip, found = self.backbone, []
         x = prefix + clip.positional_embedding[: prefix.shape[-2]].to(prefix.dtype)
@@ -116,41 +108,37 @@ class TextEncoder(nn.Module):
         return found
 
     def _block(
-        self, block: nn.Module, x: torch.Tensor, before: Optional[tuple[torch.Tensor, torch.Tensor]] = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, block: nn.Module, x: Tensor, before: Optional[tuple[Tensor, Tensor]] = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One residual attention block under the causal mask, on the weights of either package's block.
 
         ``x`` is (C, L, D), or (B, C, L, D) with keys and values of B prefixes before it, (B, heads, P, d) each. Returns
         it after the block, with this layer's keys and values, (…, heads, L, d) or (B, heads, C, L, d).
         """
-        heads = self.backbone.n_head
         qkv = F.linear(block.ln_1(x), block.attn.in_proj_weight, block.attn.in_proj_bias)
-        q, k, v = (
-            t.unflatten(-1, (heads, -1)).movedim(-2, 1) for t in qkv.chunk(3, dim=-1)
-        )  # heads after the first dimension
+        heads = (self.backbone.n_head, -1)  # moved behind the first dimension
+        q, k, v = (t.unflatten(-1, heads).movedim(-2, 1) for t in qkv.chunk(3, dim=-1))
         if before is None:
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             attended = _attend(q, k, v, *before)
-        x = x + _scaled(block, "ls_1", block.attn.out_proj(attended.movedim(1, -2).flatten(-2)))
-        return x + _scaled(block, "ls_2", block.mlp(block.ln_2(x))), k, v
+        x = x + getattr(block, "ls_1", UNSCALED)(block.attn.out_proj(attended.movedim(1, -2).flatten(-2)))
+        return x + getattr(block, "ls_2", UNSCALED)(block.mlp(block.ln_2(x))), k, v
 
 
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_before: torch.Tensor, v_before: torch.Tensor
-) -> torch.Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, k_before: Tensor, v_before: Tensor) -> Tensor:
     """Causal attention to a shared prefix, (B, heads, P, d), and to the tokens after it, (B, heads, C, S, d).
 
     One matrix product meets the prefix with the queries of all classes; its keys and values are not repeated.
     """
-    n, length, p = q.shape[2], q.shape[3], k_before.shape[2]
+    n, length = q.shape[2:4]
     q = (q * q.shape[-1] ** -0.5).contiguous()
     to_prefix = (q.flatten(2, 3) @ k_before.transpose(-1, -2)).unflatten(2, (n, length))  # (B, heads, C, S, P)
     later = torch.full((length, length), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
     to_own = q @ k.transpose(-1, -2) + later  # (B, heads, C, S, S)
     scores = torch.cat([to_prefix, to_own], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
-    to_prefix, to_own = weights.split([p, length], dim=-1)
+    to_prefix, to_own = weights.split([k_before.shape[2], length], dim=-1)
     return (to_prefix.flatten(2, 3) @ v_before).unflatten(2, (n, length)) + to_own @ v
 
 
@@ -159,30 +147,21 @@ def length_buckets(lengths: list[int]) -> list[list[int]]:
 
     A pass over the layers has a cost too, so each bucket accepts up to ``MAX_PADDING_TOKENS`` tokens of padding.
     """
-    passes: list[list[int]] = []
+    buckets: list[list[int]] = []
     padding = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        shorter = lengths[passes[-1][0]] - lengths[i] if passes else 0
-        if not passes or (shorter and padding + shorter > MAX_PADDING_TOKENS):
-            passes.append([])
-            padding = shorter = 0
-        passes[-1].append(i)
-        padding += shorter
-    return passes
-
-
-def _split(members: list[int], chunk: int) -> list[list[int]]:
-    """``chunk`` indices at a time; 0: all of them."""
-    return [members[i : i + chunk] for i in range(0, len(members), chunk)] if chunk else [members]
-
-
-def _scaled(block: nn.Module, name: str, x: torch.Tensor) -> torch.Tensor:
-    """open_clip's LayerScale, the identity for CLIP itself; OpenAI's block has none."""
-    return getattr(block, name)(x) if hasattr(block, name) else x
+        shorter = lengths[buckets[-1][0]] - lengths[i] if buckets else 0
+        if buckets and (not shorter or padding + shorter <= MAX_PADDING_TOKENS):
+            buckets[-1].append(i)
+            padding += shorter
+        else:
+            buckets.append([i])
+            padding = 0
+    return buckets
 
 
 @torch.no_grad()
-def encode_texts(backbone: Backbone, texts: Sequence[str]) -> torch.Tensor:
+def encode_texts(backbone: Backbone, texts: Sequence[str]) -> Tensor:
     """Hand-made prompts -> (N, E) text features of unit length (zero-shot CLIP, Eq. 1)."""
     embeddings, eot = embed_tokens(backbone, encode_tokens(backbone, texts))
     return TextEncoder(backbone)(embeddings, eot)
