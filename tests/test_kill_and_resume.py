@@ -88,6 +88,7 @@ class Place:
         for path in [self.checkpoints / f"model.pth.tar-{EPOCHS}", *self.checkpoints.glob("model-best.pth.tar")]:
             found[path.name] = torch.load(path, weights_only=True)
             assert found[path.name].pop("config")  # names this folder
+            (found[path.name].get("best") or {}).pop("config", None)
         return {**found, **{path.name: path.read_bytes() for path in self.samples.glob("*.json")}}
 
 
@@ -211,10 +212,7 @@ def test_damaged_best_model_is_restored(stopped, damage, has_epoch):
     damage(best)
     if not has_epoch:
         (place.checkpoints / f"model.pth.tar-{epoch}").unlink()
-    found = place.finish()[0]
-    # A restored one has the random state of the epoch's checkpoint, from before the validation.
-    assert set(differences(expected, found)) <= {"/model-best.pth.tar/random/torch"} and epoch <= 3
-    assert f"{best}: not a checkpoint" in place.log.read_text()
+    assert epoch <= 3 and differences(expected, place.finish()[0]) == []
 
 
 def test_run_resumed_from_another_folder_continues_from_its_own(stopped):

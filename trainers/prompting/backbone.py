@@ -97,6 +97,7 @@ class Backbone(nn.Module):
                 module.__class__ = LayerNorm  # the packages' own cast differently, and refuse float64
         self.visual.to(memory_format=torch.channels_last)  # a quarter less time on a CPU (tiny, float32)
         self.requires_grad_(False)
+        self.fingerprint = self._digest()  # of the weights as loaded, whatever precision they are cast to
         self.eval()
 
     def train(self, mode: bool = True) -> Backbone:
@@ -117,7 +118,7 @@ class Backbone(nn.Module):
                 parameter.data = parameter.data.to(dtype)
         return self
 
-    def fingerprint(self) -> str:
+    def _digest(self) -> str:
         """A short digest of the weights, from the first values of every tensor, in half precision."""
         hashed = hashlib.blake2b(digest_size=8)
         for name, value in sorted(self.state_dict().items()):

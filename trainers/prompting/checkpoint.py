@@ -207,7 +207,13 @@ class Checkpointer:
             raise UserError(
                 f"{path} was trained with --trainer {before['TRAINER.NAME']}, not {name}: name that trainer"
             )
-        compared = (f"TRAINER.{name.upper()}.", "INPUT.SIZE", "INPUT.INTERPOLATION", "INPUT.PIXEL_")
+        compared = (
+            f"TRAINER.{name.upper()}.",
+            "INPUT.SIZE",
+            "INPUT.INTERPOLATION",
+            "INPUT.PIXEL_",
+            "MODEL.BACKBONE.QUICK",
+        )
         for key in sorted(before.keys() & now.keys()):
             if key.startswith(compared) and before[key] != now[key]:
                 self.warnings.append(f"the model was trained with {key} {before[key]}, now it is {now[key]}")

@@ -95,7 +95,7 @@ class PromptTrainer(TrainerX):
         self.register_model(PROMPT_LEARNER, learned, self.optim, self.sched)
         parts = {"collapse": self.monitor, **({} if self.view_cache is None else {"views": self.view_cache})}
         state = learned, self.optim, self.scaler, parts
-        self.checkpointer = Checkpointer(cfg, self.classnames, *state, stage_keys, self.backbone.fingerprint())
+        self.checkpointer = Checkpointer(cfg, self.classnames, *state, stage_keys, self.backbone.fingerprint)
 
     @property
     def classnames(self) -> list[str]:
