@@ -106,14 +106,19 @@ class Backbone(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the encoders' weights: float32 unless :meth:`cast_weights` changed it."""
+        """Precision of the text encoder's weights: float32 unless :meth:`cast_weights` changed it."""
         return self.blocks[0].mlp.c_fc.weight.dtype
 
     def cast_weights(self, dtype: torch.dtype) -> Backbone:
-        """Cast the same weights as OpenAI: convolutions, linear layers, attention, projections; norms stay float32."""
+        """Cast the same weights as OpenAI: convolutions, linear layers, attention, projections; norms stay float32.
+
+        With bfloat16, which has few digits, the text encoder stays as it is: gradients go through it.
+        """
         kinds = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.MultiheadAttention)
-        cast = [p for module in self.modules() if isinstance(module, kinds) for p in module.parameters(recurse=False)]
-        for parameter in (*cast, self.text_projection, getattr(self.visual, "proj", None)):
+        modules = self.visual.modules() if dtype == torch.bfloat16 else self.modules()
+        cast = [p for module in modules if isinstance(module, kinds) for p in module.parameters(recurse=False)]
+        projection = self.text_projection if dtype != torch.bfloat16 else None
+        for parameter in (*cast, projection, getattr(self.visual, "proj", None)):
             if isinstance(parameter, nn.Parameter):
                 parameter.data = parameter.data.to(dtype)
         return self
@@ -128,7 +133,8 @@ class Backbone(nn.Module):
 
     def encode_image(self, image: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, H) normalised images -> (B, E) image features, not of unit length (as CLIP's own method)."""
-        features = self.visual(image.to(self.dtype))
+        first = next(m for m in self.visual.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+        features = self.visual(image.to(first.weight.dtype))
         return features.float() if features.dtype == torch.bfloat16 else features
 
     def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:

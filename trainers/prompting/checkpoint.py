@@ -28,6 +28,7 @@ POINTER = "checkpoint"  # Dassl's file that names the newest checkpoint
 NUMBERED = re.compile(r"model\.pth\.tar-(\d+)")
 DERIVED = ("token_prefix", "token_suffix")  # in the original CoOp's checkpoints; they follow from the class names
 IDENTITY = ("TRAINER.NAME", "MODEL.BACKBONE.NAME")  # a checkpoint has no meaning with other values
+COMPARED = ("INPUT.SIZE", "INPUT.INTERPOLATION", "INPUT.PIXEL_", "MODEL.BACKBONE.QUICK_GELU")  # change predictions
 # May change between a run and its continuation.
 FREE_KEYS = ("OUTPUT_DIR", "RESUME", "VERBOSE", "USE_CUDA", "DATASET.ROOT", "DATALOADER.NUM_WORKERS", "TRAIN.", "TEST.")
 
@@ -149,7 +150,8 @@ class Checkpointer:
         """Write ``prompt_learner/<name>`` (default: model.pth.tar-<epoch>) after an epoch, counted from 0."""
         state = self.state(epoch, val_result, best_result)
         if name == BEST:
-            self._best = copy.deepcopy({**state, "best": None})
+            state["best"] = None
+            self._best = copy.deepcopy(state)
         self._write(state, directory, name)
 
     def state(self, epoch: int, val_result: Any, best_result: float) -> dict[str, Any]:
@@ -207,15 +209,8 @@ class Checkpointer:
             raise UserError(
                 f"{path} was trained with --trainer {before['TRAINER.NAME']}, not {name}: name that trainer"
             )
-        compared = (
-            f"TRAINER.{name.upper()}.",
-            "INPUT.SIZE",
-            "INPUT.INTERPOLATION",
-            "INPUT.PIXEL_",
-            "MODEL.BACKBONE.QUICK",
-        )
         for key in sorted(before.keys() & now.keys()):
-            if key.startswith(compared) and before[key] != now[key]:
+            if key.startswith((f"TRAINER.{name.upper()}.", *COMPARED)) and before[key] != now[key]:
                 self.warnings.append(f"the model was trained with {key} {before[key]}, now it is {now[key]}")
                 print(f"WARNING: {path}: {self.warnings[-1]}")
         self._load_learned(checkpoint, path)

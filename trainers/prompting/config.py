@@ -18,7 +18,7 @@ from yacs.config import CfgNode
 from .errors import UserError
 from .names import flat_config, printable
 
-PRECISIONS = ("fp16", "fp32", "amp", "bf16")  # fp16 and bf16 cast the weights of the frozen encoders
+PRECISIONS = ("fp16", "fp32", "amp", "bf16")  # fp16 casts the weights of both encoders, bf16 those of the image encoder
 MAX_CONTEXT = 60  # of CLIP's 77 tokens; leaves 14 for a class name
 
 

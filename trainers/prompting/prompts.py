@@ -76,10 +76,8 @@ class PromptLearner(nn.Module):
 
         if csc:
             self.per_class, self.serves_unseen_classes = ("ctx",), False
-        # CoOp learns in half precision where the encoders compute in it; bfloat16 has too few digits for that.
-        dtype = torch.float32 if backbone.dtype == torch.bfloat16 else backbone.dtype
         width = embeddings.shape[2]
-        ctx = torch.empty((self.n_cls, n_ctx, width) if csc else (n_ctx, width), dtype=dtype)
+        ctx = torch.empty((self.n_cls, n_ctx, width) if csc else (n_ctx, width), dtype=backbone.dtype)
         self.ctx = nn.Parameter(nn.init.normal_(ctx, std=0.02) if words is None else ctx.copy_(words.expand_as(ctx)))
 
     def forward(self) -> tuple[Tensor, Tensor]:
