@@ -93,9 +93,8 @@ class TrainerX:
             return print("(ignore this if it's done on purpose)")
         for name, model in self._models.items():
             path = osp.join(directory, name, _BEST if epoch is None else f"model.pth.tar-{epoch}")
-            checkpoint = load_checkpoint(path)
+            result = (checkpoint := load_checkpoint(path))["val_result"]
             model.load_state_dict(checkpoint["state_dict"])
-            result = checkpoint["val_result"]
             print(f"Load {path} to {name} (epoch={checkpoint['epoch']}, val_result={result and round(result, 1)})")
 
     def init_writer(self, log_dir: str) -> None:
@@ -134,8 +133,7 @@ class TrainerX:
         """Go through the training images once; log every TRAIN.PRINT_FREQ batches, or all where there are fewer."""
         self.set_model_mode("train")
         losses, batch_time, data_time = MetricMeter(), AverageMeter(), AverageMeter()
-        self.num_batches, freq = len(self.train_loader_x), self.cfg.TRAIN.PRINT_FREQ
-        end = time.time()
+        self.num_batches, freq, end = len(self.train_loader_x), self.cfg.TRAIN.PRINT_FREQ, time.time()
         for index, batch in enumerate(self.train_loader_x):
             self.batch_idx, done = index, index + 1
             data_time.update(time.time() - end)
