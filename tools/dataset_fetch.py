@@ -146,8 +146,8 @@ def _check_content(name: str, path: str, source: Source) -> None:
     if name.startswith("split_"):
         good = {part: len(entries) for part, entries in read_split(path).items()} == source.counts
     elif name == CLASSNAMES:
-        names = read_classnames(path)
-        good = len(names) == IMAGENET_CLASSES and all(re.fullmatch(r"n\d{8}", key) and names[key] for key in names)
+        names = read_classnames(path).items()
+        good = len(names) == IMAGENET_CLASSES and all(re.fullmatch(r"n\d{8}", key) and name for key, name in names)
     if not good:
         raise ValueError("its classes or images are not as many as CoOp's")
 
@@ -202,8 +202,7 @@ def unpack(path: str, folder: str) -> None:
                 for name in archive.namelist():
                     if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
                         raise zipfile.BadZipFile(f"{name} is outside the archive")
-                for name in archive.namelist():
-                    archive.extract(name, folder)
+                archive.extractall(folder)
         else:
             with tarfile.open(path) as archive:
                 archive.extractall(folder, filter=refuse_links)
