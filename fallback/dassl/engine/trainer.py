@@ -75,8 +75,7 @@ class TrainerX:
 
     def resume_model_if_exist(self, directory: str) -> int:
         """Load the newest checkpoints; return the number of finished epochs, 0 where a model has no checkpoint."""
-        found = [osp.isfile(osp.join(directory, name, "checkpoint")) for name in self._models]
-        if not found or not all(found):
+        if not self._models or not all(osp.isfile(osp.join(directory, name, "checkpoint")) for name in self._models):
             print("No checkpoint found, train from scratch")
             return 0
         print(f"Found checkpoint at {directory} (will resume training)")
