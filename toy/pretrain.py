@@ -2,9 +2,8 @@
 
     python toy/pretrain.py --out toy/tiny_clip.pt
 
-Contrastive pre-training as in CLIP, in OpenAI's architecture and state-dict layout. The model sees the kinds of
-``drawing.py``, never in the styles of the data sets, and words, alone and on drawings: it recognises objects and reads.
-Runs with the same seed give the same weights on one machine.
+Contrastive, as in CLIP, in OpenAI's state-dict layout. The model sees the kinds of ``drawing.py``, never in the styles
+of the data sets, and words, alone and on drawings. The same seed gives the same weights on one machine.
 """
 
 from __future__ import annotations
@@ -236,8 +235,7 @@ def pretrain(args: argparse.Namespace) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
         bar.set_postfix_str(f"loss {loss.item():.3f}, 1/tau {model.logit_scale.exp().item():.1f}", refresh=False)
-    state = {k: v for k, v in model.state_dict().items() if k != "attn_mask" and v.is_floating_point()}
-    return {k: v.cpu().contiguous().half() for k, v in state.items()}
+    return {k: v.cpu().contiguous().half() for k, v in model.state_dict().items() if v.is_floating_point()}
 
 
 @torch.no_grad()
@@ -293,8 +291,7 @@ def sheet(path: str, seed: int, columns: int = 12) -> None:
         for axis, kind in zip(axes, kinds):
             image = draw(kind, STYLES[style], random, SIZE).image if style else next(with_words).permute(1, 2, 0)
             axis.imshow(np.asarray(image))
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
+            axis.set(xticks=[], yticks=[], frame_on=False)
     figure.savefig(path, dpi=110)
 
 
