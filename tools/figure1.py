@@ -44,9 +44,8 @@ GREY, RED, BLUE = "#9aa5b1", "#d1495b", "#2b3a4a"
 def zero_shot(trainer: Any) -> dict[str, torch.Tensor]:
     """Zero-shot scores of the N test images, without a block and with one.
 
-    Returns ``label`` (N,) y; ``cosine`` (N, C) of images and prompts; ``none`` (N, C) p(.|x); for each of ``BLOCKS``,
-    whose class is c, (N, C) p(.|x_c) and ``class of …`` (N,) that class; ``name`` (C,) cosines of an image that shows
-    only a class name with the prompt of that class.
+    Returns ``label`` (N,); ``cosine`` (N, C) of images and prompts; ``none`` (N, C) p(.|x); for each of ``BLOCKS``
+    (N, C) p(.|x_c) and its class c (N,), ``class of …``; ``name`` (C,) cosines of drawn class names and their prompts.
     """
     model, backbone, names, found = trainer.model, trainer.backbone, trainer.classnames, defaultdict(list)
     prompts = encode_texts(backbone, [DEFAULT_TEMPLATE.format(clean_name(name)) for name in names])

@@ -64,17 +64,14 @@ def same_backbone(name: str, paper: str) -> bool:
 
 
 def published_value(kind: str, method: str, datasets: Sequence[str], column: str) -> float:
-    """What the paper prints for a trainer on one data set or as the average of several; NaN where it prints nothing.
-
-    If the printed average is of other data sets, it is computed; H of an average is always that of averages.
-    """
+    """What the paper prints for a trainer on a data set or as the average of several; NaN where it prints nothing."""
     table = PUBLISHED.get(kind, pd.DataFrame()).get(method)  # data sets by columns
     if table is None:
         return np.nan
     if column == "H" and len(datasets) > 1:
         return round(harmonic_mean(*(published_value(kind, method, datasets, half) for half in ("base", "new"))), 2)
     printed = table[column].dropna()
-    whole = set(datasets) == set(printed.index) - {"average"}
+    whole = set(datasets) == set(printed.index) - {"average"}  # else the average of some is computed
     return printed["average"] if whole else printed.reindex(datasets).mean(skipna=False)
 
 
@@ -222,10 +219,8 @@ def make_report(roots: Sequence[Path], seeds: Sequence[int]) -> Report:
 
 
 def with_rows(runs: pd.DataFrame) -> pd.DataFrame:
-    """Add ``row``: the method, with config and backbone if there are several of them.
-
-    Configs that differ in epochs alone (``_ep50``, CoOp's schedule) are one row unless a data set has several of them.
-    """
+    """Add ``row``: the method, with config and backbone if there are several of them."""
+    # Configs that differ in epochs alone (_ep50, CoOp's schedule) are one row unless a data set has several of them.
     runs = runs.assign(family=runs.config.str.replace(r"_ep\d+", "", regex=True))
     keys = ["method", "backbone", "family"]
     runs["several"] = runs.groupby([*keys, "dataset", "shots"]).config.transform("nunique") > 1
@@ -294,10 +289,8 @@ def ablation_table(runs: pd.DataFrame, report: Report) -> Table:
 
 
 def make_cells(values: pd.DataFrame, rows: list, learned: pd.Series, published: Any, title: str, report: Report):
-    """``Table.cells`` of accuracies by (section, row, seed) and column; adds to the gaps what lacks seeds.
-
-    ``rows`` lists (section, row) in display order, with or without runs; one that is not ``learned`` needs one seed.
-    """
+    """``Table.cells`` of accuracies by (section, row, seed) and column; adds to the gaps what lacks seeds."""
+    # rows: (section, row) in display order, with or without runs; one that is not learned needs one seed.
     keys = ["section", "row", "column"]
     long = values.melt(ignore_index=False, var_name="column", value_name="value").dropna().reset_index()
     long = long.sort_values("seed", kind="stable").assign(text=long.seed.astype(str))
