@@ -3,6 +3,5 @@
 import sys
 from pathlib import Path
 
-_folder = str(Path(__file__).resolve().parent)
-if _folder not in sys.path:
+if (_folder := str(Path(__file__).resolve().parent)) not in sys.path:
     sys.path.append(_folder)

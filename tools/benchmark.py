@@ -129,10 +129,9 @@ def cocoop_ways(classes: int, batch: int) -> Ways:
     image, label = torch.randn(batch, 3, 224, 224), torch.arange(batch) % classes
 
     def reference() -> None:
-        logits = []
+        logits, learned = [], model.learned
         for feature in ImageBatch(model.backbone, image).features():
-            ctx = model.learned.ctx + model.learned.meta_net(feature)
-            prompts, _ = model.learned.assemble(ctx.expand(classes, -1, -1))
+            prompts, _ = learned.assemble((learned.ctx + learned.meta_net(feature)).expand(classes, -1, -1))
             logits.append(model.backbone.logits(feature, padded(model, prompts)))
         F.cross_entropy(torch.stack(logits), label).backward()
 
@@ -193,8 +192,7 @@ def sweep(quick: bool) -> Iterator[Row]:
         opts = (*few, "TEST.SPLIT", "val", "MODEL.BACKBONE.NAME", weights, "TEST.FEATURES")
         names = {"no store": 1, "empty store": 1, "full store": 1, "another seed": 2, "the same again": 2}
         seconds, predictions = {}, {}
-        for name, seed in names.items():
-            used = "" if name == "no store" else store
+        for (name, seed), used in zip(names.items(), ("", *[store] * 4)):
             seconds[name], trainer = run("test", "rn50", Path(folder), Path(folder, name), seed, *opts, used)
             found = trainer.evaluation.predictions
             if predictions.setdefault(seed, found) != found:
@@ -206,16 +204,15 @@ def runs(quick: bool) -> Iterator[Row]:
     """Training with the embedded CLIP: one epoch as shots grow; cached views instead of fresh ones."""
     with tempfile.TemporaryDirectory() as folder:
 
-        def learn(epochs: int, shots: int, views: int) -> float:
+        def learn(epochs: int, shots: int, views: int = 0) -> float:
             opts = ("OPTIM.MAX_EPOCH", epochs, "DATASET.NUM_SHOTS", shots, "TRAINER.LOGOPROMPT.VIEWS", views)
             output = Path(tempfile.mkdtemp(dir=folder))
             return run("train", "tiny96_ep10_ctxv1", Path(folder), output, 1, *opts, "TEST.NO_TEST", True)[0]
 
-        learn(1, 1, 0)  # draws the images, imports TensorBoard
-        yield from rows_of({f"1 epoch, {n} shots": learn(1, n, 0) for n in ((4, 16) if quick else (1, 2, 4, 8, 16))})
-        epochs, shots, views = (8, 4, 2) if quick else (50, 16, 4)
-        title = f"{epochs} epochs, {shots} shots"
-        yield from rows_of({f"{title}, {v or 'fresh'} views": learn(epochs, shots, v) for v in (0, views)})
+        learn(1, 1)  # draws the images, imports TensorBoard
+        yield from rows_of({f"1 epoch, {n} shots": learn(1, n) for n in ((4, 16) if quick else (1, 2, 4, 8, 16))})
+        e, n, views = (8, 4, 2) if quick else (50, 16, 4)
+        yield from rows_of({f"{e} epochs, {n} shots, {v or 'fresh'} views": learn(e, n, v) for v in (0, views)})
 
 
 BENCHMARKS: dict[str, tuple[str, Callable[[bool], Iterator[Row]]]] = {

@@ -116,7 +116,7 @@ def _download(download: Download, source: Source, root: str, path: str) -> None:
             print(f"{download.file}{f', {download.size},' if download.size else ''} from {origin}", flush=True)
             pooch.get_logger().setLevel("WARNING")
             folder, name = os.path.split(path)
-            pooch.retrieve(origin, download.hash, name, folder, downloader=_from_url if download.url else _from_drive)
+            pooch.retrieve(origin, download.hash, name, folder, downloader=_transfer)
     except Exception as error:  # noqa: BLE001 (those of requests, pooch and gdown)
         hint = "call again" if download.url else f"try again with gdown installed, or get it with a browser as {path}"
         raise UserError(f"{origin}: download failed ({one_line(error)}); {hint}") from error
@@ -127,17 +127,15 @@ def _download(download: Download, source: Source, root: str, path: str) -> None:
         raise UserError(f"{download.file} from {origin}: {one_line(error)}; it was deleted") from error
 
 
-def _from_url(url: str, output: str, _: Any) -> None:
-    """Download with pooch. Archives that Oxford labels as encoded must not be decoded."""
+def _transfer(url: str, output: str, _: Any) -> None:
+    """Download with gdown or pooch. Archives that Oxford labels as encoded must not be decoded."""
+    if url.startswith("https://drive.google.com/"):
+        import gdown
+
+        return gdown.download(id=url.split("/")[-2], output=str(output), quiet=not sys.stderr.isatty())
     keep = {"response": lambda response, **_: response.raw.headers.pop("Content-Encoding", None) and None}
     headers = {"Accept-Encoding": "identity"}
     pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), headers=headers, hooks=keep)(url, output, None)
-
-
-def _from_drive(url: str, output: str, _: Any) -> None:
-    import gdown
-
-    gdown.download(id=url.split("/")[-2], output=str(output), quiet=not sys.stderr.isatty())
 
 
 def _check_content(name: str, path: str, source: Source) -> None:
@@ -146,8 +144,8 @@ def _check_content(name: str, path: str, source: Source) -> None:
     if name.startswith("split_"):
         good = {part: len(entries) for part, entries in read_split(path).items()} == source.counts
     elif name == CLASSNAMES:
-        names = read_classnames(path)
-        good = len(names) == IMAGENET_CLASSES and all(re.fullmatch(r"n\d{8}", key) and names[key] for key in names)
+        names = read_classnames(path).items()
+        good = len(names) == IMAGENET_CLASSES and all(re.fullmatch(r"n\d{8}", key) and name for key, name in names)
     if not good:
         raise ValueError("its classes or images are not as many as CoOp's")
 
@@ -184,10 +182,7 @@ def _folder_with(folder: str, parts: list[str], download: Download) -> str:
 
 
 def unpack(path: str, folder: str) -> None:
-    """Unpack a zip or tar archive into a new folder. pooch's Untar is unsafe before Python 3.12.
-
-    Raises UserError where it is damaged or has symbolic links or members outside the folder.
-    """
+    """Unpack a zip or tar archive into a new folder; UserError for damage, links and members outside the folder."""
 
     def refuse_links(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
         if member.issym():  # they have misled Python's filter (CVE-2025-4517)
@@ -202,9 +197,8 @@ def unpack(path: str, folder: str) -> None:
                 for name in archive.namelist():
                     if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
                         raise zipfile.BadZipFile(f"{name} is outside the archive")
-                for name in archive.namelist():
-                    archive.extract(name, folder)
-        else:
+                archive.extractall(folder)
+        else:  # not pooch's Untar, which is unsafe before Python 3.12
             with tarfile.open(path) as archive:
                 archive.extractall(folder, filter=refuse_links)
                 while archive.fileobj.read(1 << 20):

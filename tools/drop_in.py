@@ -27,8 +27,8 @@ PARTS = ("trainers/prompting", "configs/trainers/LoGoPrompt", "scripts/logo", "t
 LINES = (b"import trainers.logoprompt", b"trainers.logoprompt.extend_cfg(cfg)")
 # What they follow in train.py: the imports of trainers, and the head of extend_cfg with its docstring.
 PLACES = (
-    re.compile(rb"(?:^import trainers\.\w+[ \t]*(?:#[^\r\n]*)?\r?\n)+()", re.M),
-    re.compile(rb'^def extend_cfg\(cfg\):[ \t]*\r?\n(?:[ \t]+"""[^"]*"""[ \t]*\r?\n)?(?=([ \t]+)\S)', re.M),
+    re.compile(rb"(?:^import trainers\.\w+[ \t]*(?:#[^\r\n]*)?(\r?\n))+()", re.M),
+    re.compile(rb'^def extend_cfg\(cfg\):[ \t]*(?:\r?\n[ \t]+"""[^"]*"""[ \t]*)?(\r?\n)(?=([ \t]+)\S)', re.M),
 )
 PACKAGES = ("torch", "torchvision", "yacs", "numpy", "Pillow", "fonttools", "safetensors", "filelock", "tqdm")
 
@@ -56,11 +56,8 @@ def write(source: Path, target: Path, text: bytes = b"") -> None:
     """Copy a file or folder atomically; with a text, only the permissions."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".drop_in_", dir=target.parent) as folder:
-        copy = Path(folder, target.name)
-        if source.is_dir():
-            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-        else:
-            shutil.copy(source, copy)
+        copy, ignore = Path(folder, target.name), shutil.ignore_patterns("__pycache__", ".*")
+        shutil.copytree(source, copy, ignore=ignore) if source.is_dir() else shutil.copy(source, copy)
         if text:
             copy.write_bytes(text)
         os.replace(copy, target)
@@ -76,9 +73,8 @@ def edited(text: bytes, remove: bool) -> bytes:
     for line, place in zip(LINES, PLACES):
         if remove:
             text = re.sub(rb"^[ \t]*%b[ \t]*\r?\n" % re.escape(line), b"", text, flags=re.M)
-        elif line in missing_lines(text) and (found := place.search(text)):
-            line_end = re.search(rb"\r?\n$", found[0])[0]
-            text = text[: found.end()] + found[1] + line + line_end + text[found.end() :]
+        elif line in missing_lines(text):
+            text = place.sub(rb"\g<0>\2%b\1" % line, text, count=1)  # with the indentation and line end found there
     if remove and b"trainers.logoprompt" in text:
         raise Refusal("our lines in train.py were changed; remove them by hand first")
     return text
@@ -86,12 +82,11 @@ def edited(text: bytes, remove: bool) -> bytes:
 
 def change(checkout: Path, remove: bool) -> str:
     """Install or remove. Returns what was done. Raises Refusal, before anything is written."""
-    parts, train = [], checkout / "train.py"
-    for part in PARTS:
-        found = state(checkout, part)
+    train, states = checkout / "train.py", {part: state(checkout, part) for part in PARTS}
+    for part, found in states.items():
         if found.startswith("differs"):
             raise Refusal(f"{part} {found} from ours; move it away first")
-        parts += [checkout / part] * (found == ("same" if remove else "missing"))
+    parts = [checkout / part for part, found in states.items() if found == ("same" if remove else "missing")]
     text = edited(train.read_bytes(), remove)
     for path in [train, *parts]:
         folder = next(parent for parent in path.parents if os.path.lexists(parent))
@@ -117,8 +112,8 @@ def missing_packages() -> list[str]:
 
     needed = dict(re.findall(r"^([\w-]+)>=([\d.]+)", (ROOT / "requirements.txt").read_text("utf-8"), re.M))
     installed = {str(d.metadata["Name"]).lower(): d.version for d in importlib.metadata.distributions()}
-    old = (name for name in PACKAGES if numbers(installed.get(name.lower(), "0")) < numbers(needed[name]))
-    return [f'"{name}>={needed[name]}"' for name in old]
+    least = {name: needed[name] for name in PACKAGES}
+    return [f'"{n}>={v}"' for n, v in least.items() if numbers(installed.get(n.lower(), "0")) < numbers(v)]
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -134,10 +129,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         if checkout == ROOT or not (checkout / "trainers").is_dir() or b"def extend_cfg" not in train.read_bytes():
             raise Refusal("no CoOp code base; give the folder with CoOp's train.py and trainers/")
+        lines = [] if args.check else [change(checkout, args.remove)]
         if args.check:
             lines = [f"{found}: {part}" for part in PARTS if (found := state(checkout, part)) != "same"]
-        else:
-            lines = [change(checkout, args.remove)]
         if not args.remove:
             lines += [f"add to train.py: {line.decode()}" for line in missing_lines(train.read_bytes())]
             lines += [f"{sys.executable} -m pip install {' '.join(p)}" for p in [missing_packages()] if p]

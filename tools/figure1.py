@@ -44,9 +44,8 @@ GREY, RED, BLUE = "#9aa5b1", "#d1495b", "#2b3a4a"
 def zero_shot(trainer: Any) -> dict[str, torch.Tensor]:
     """Zero-shot scores of the N test images, without a block and with one.
 
-    Returns ``label`` (N,) y; ``cosine`` (N, C) of images and prompts; ``none`` (N, C) p(.|x); for each of ``BLOCKS``,
-    whose class is c, (N, C) p(.|x_c) and ``class of …`` (N,) that class; ``name`` (C,) cosines of an image that shows
-    only a class name with the prompt of that class.
+    Returns ``label`` (N,); ``cosine`` (N, C) of images and prompts; ``none`` (N, C) p(.|x); for each of ``BLOCKS``
+    (N, C) p(.|x_c) and its class c (N,), ``class of …``; ``name`` (C,) cosines of drawn class names and their prompts.
     """
     model, backbone, names, found = trainer.model, trainer.backbone, trainer.classnames, defaultdict(list)
     prompts = encode_texts(backbone, [DEFAULT_TEMPLATE.format(clean_name(name)) for name in names])
@@ -68,11 +67,6 @@ def zero_shot(trainer: Any) -> dict[str, torch.Tensor]:
     return {"name": name, **{key: torch.cat(pieces) for key, pieces in found.items()}}
 
 
-def of(scores: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """(N, C) scores -> (N,) those of one class each."""
-    return scores.gather(1, classes.unsqueeze(1)).squeeze(1)
-
-
 def draw(values: dict[str, torch.Tensor], classnames: Sequence[str], path: str) -> None:
     """Both panels."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
@@ -84,7 +78,7 @@ def draw(values: dict[str, torch.Tensor], classnames: Sequence[str], path: str) 
     if n <= 40:
         left.set_xticks(range(n), [clean_name(classnames[c]) for c in order], rotation=90, fontsize=7)
     left.set(ylabel='cosine with "a photo of a [class]."', title="(a) images that show only the class name")
-    plain, pasted = (of(values[key], label) for key in ("none", "true"))
+    plain, pasted = (values[key][range(len(label)), label] for key in ("none", "true"))
     by_score, size = plain.argsort(), max(1, min(8, 6000 / len(plain)))
     right.scatter(range(len(plain)), pasted[by_score], s=size, color=RED, label="with the block of their class", lw=0)
     right.plot(plain[by_score], color=BLUE, lw=1.5, label="test images")
@@ -115,9 +109,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     share, firsts = 100 * (1 - closer.mean()), int((closer.sum(dim=0) == 0).sum())
     print(f"(a) Images of class names are closer to their prompts than {share:.1f} % of the {len(label)} test images,")
     print(f"and the closest of all for {firsts} of {closer.shape[1]} classes.\n\n(b)")
-    plain, rows = of(values["none"], label), []
+    plain, rows = values["none"][range(len(label)), label], []
     for block in ("none", *BLOCKS):
-        p, right = of(values[block], label), values[block].argmax(dim=1) == label
+        p, right = values[block][range(len(label)), label], values[block].argmax(dim=1) == label
         rows.append([block, p.mean().item(), *(100 * x.float().mean().item() for x in (p > plain, right))])
     print(pd.DataFrame(rows, columns=["block", "p(y|x)", "raised in %", "accuracy"]).to_markdown(index=False))
     print(ours.out)

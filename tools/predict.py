@@ -47,10 +47,9 @@ def read_classnames(words: Sequence[str]) -> list[str]:
     if len(words) > 1:
         return list(words)
     try:
-        lines = Path(words[0]).read_text(encoding="utf-8-sig").splitlines()
+        return list(filter(None, map(str.strip, Path(words[0]).read_text(encoding="utf-8-sig").splitlines())))
     except (OSError, ValueError) as error:
         raise UserError(f"--classnames {words[0]}: not a file of names; give such a file, or more names") from error
-    return [line.strip() for line in lines if line.strip()]
 
 
 def table_writer(classnames: Sequence[str]) -> Callable[[Prediction], None]:
@@ -83,8 +82,8 @@ def picture_writer(out: Path, stack: ExitStack) -> Callable[[Explanation], None]
         name = "" if is_sheet else re.sub(r"[^\w.-]+", "_", explanation.prediction.relative)
         names[name] += 1
         if not is_sheet:
-            name += f"-{names[name]}" if names[name] > 1 else ""
-            explanation.draw().save(out / f"{name}.jpg", quality=90)
+            number = f"-{names[name]}" * (names[name] > 1)
+            explanation.draw().save(out / f"{name}{number}.jpg", quality=90)
         elif names[name] <= ROWS:
             rows.append(explanation.draw())
 
@@ -119,8 +118,7 @@ def predict(args: argparse.Namespace, stack: ExitStack) -> int:
             file.flush()
 
     quiet = not sys.stderr.isatty() or (sys.stdout.isatty() and not args.out)  # results are progress enough
-    total = None if quiet else sum(1 for _ in find_images(args.images))
-    skipped: list[str] = []
+    total, skipped = None if quiet else sum(1 for _ in find_images(args.images)), []
     results: Any = (predictor.explain if draw else predictor)(predictor.find(args.images, skipped.append), args.top)
     done = failed = 0
     for done, result in enumerate(tqdm(results, total=total, unit="image", disable=quiet), 1):  # noqa: B007
@@ -161,7 +159,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that are read all the same
     try:
         with ExitStack() as stack:
-            return 1 if predict(args, stack) else 0
+            return int(predict(args, stack) > 0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

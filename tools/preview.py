@@ -36,7 +36,7 @@ from trainers.prompting.paste import paste, places_of, uniform_of_paths
 from trainers.prompting.render import VisualPrompts, blocks_of
 
 GAP = 4  # pixels between pictures
-CONFIG = Path(train.__file__).parent / "configs" / "trainers" / "LoGoPrompt" / "vit_b16_ctxv1.yaml"
+CONFIG = Path(train.__file__).with_name("configs") / "trainers" / "LoGoPrompt" / "vit_b16_ctxv1.yaml"
 
 
 def tuned(blocks: torch.Tensor, classnames: Sequence[str], model_dir: str) -> torch.Tensor:
@@ -62,8 +62,7 @@ def contact_sheet(cfg: Any, n_images: int, n_others: int, model_dir: str) -> lis
     for item, place in zip(items, places_of(uniform, size, tuple(blocks.shape[-2:]), options.LOCATION)):
         others = draw.sample([c for c in range(len(blocks)) if c != item.label], min(n_others, len(blocks) - 1))
         images = transform(read_image(item.impath)).expand(1 + len(others), -1, -1, -1)
-        conditional = paste(images, blocks[[item.label, *others]], place.expand(len(images), 2))
-        rows.append(torch.cat([images[:1], conditional]))
+        rows.append(torch.cat([images[:1], paste(images, blocks[[item.label, *others]], place.expand(len(images), 2))]))
     return rows
 
 

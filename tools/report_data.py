@@ -64,17 +64,14 @@ def same_backbone(name: str, paper: str) -> bool:
 
 
 def published_value(kind: str, method: str, datasets: Sequence[str], column: str) -> float:
-    """What the paper prints for a trainer on one data set or as the average of several; NaN where it prints nothing.
-
-    If the printed average is of other data sets, it is computed; H of an average is always that of averages.
-    """
+    """What the paper prints for a trainer on a data set or as the average of several; NaN where it prints nothing."""
     table = PUBLISHED.get(kind, pd.DataFrame()).get(method)  # data sets by columns
     if table is None:
         return np.nan
     if column == "H" and len(datasets) > 1:
         return round(harmonic_mean(*(published_value(kind, method, datasets, half) for half in ("base", "new"))), 2)
     printed = table[column].dropna()
-    whole = set(datasets) == set(printed.index) - {"average"}
+    whole = set(datasets) == set(printed.index) - {"average"}  # else the average of some is computed
     return printed["average"] if whole else printed.reindex(datasets).mean(skipna=False)
 
 
@@ -129,8 +126,7 @@ def read_run(folder: Path) -> Optional[Run]:
     if (file := folder / "config.yaml").exists():
         text = file.read_text(encoding="utf-8")
         fast = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml; it crashes on deeply nested text
-        loader = fast if len(text) < 20_000 else yaml.SafeLoader  # a config takes 3,000
-        content = yaml.load(text, Loader=loader)
+        content = yaml.load(text, fast if len(text) < 20_000 else yaml.SafeLoader)  # a config takes 3,000
         if not content or not isinstance(content, dict):
             raise ValueError("config.yaml holds no keys")
         settings = pd.json_normalize(content, sep=".").iloc[0].to_dict()
@@ -223,10 +219,8 @@ def make_report(roots: Sequence[Path], seeds: Sequence[int]) -> Report:
 
 
 def with_rows(runs: pd.DataFrame) -> pd.DataFrame:
-    """Add ``row``: the method, with config and backbone if there are several of them.
-
-    Configs that differ in epochs alone (``_ep50``, CoOp's schedule) are one row unless a data set has several of them.
-    """
+    """Add ``row``: the method, with config and backbone if there are several of them."""
+    # Configs that differ in epochs alone (_ep50, CoOp's schedule) are one row unless a data set has several of them.
     runs = runs.assign(family=runs.config.str.replace(r"_ep\d+", "", regex=True))
     keys = ["method", "backbone", "family"]
     runs["several"] = runs.groupby([*keys, "dataset", "shots"]).config.transform("nunique") > 1
@@ -263,8 +257,7 @@ def setting_table(runs: pd.DataFrame, report: Report) -> Table:
         values["H"] = H(values.base, values.new)
     backbone, notes = PAPER.get(kind, {}).get("backbone", ""), [ABOUT[kind]] if kind in ABOUT else []
     same = {row for row in rows if same_backbone(info.backbone[row], backbone)}
-    others = sorted(set(info.backbone.drop(same)))
-    if backbone and others:
+    if (others := sorted(set(info.backbone.drop(same)))) and backbone:
         notes.append(f"No comparison for {', '.join(others)}: the paper's backbone is {backbone}.")
     lines = list(product(members, rows))
     published = [
@@ -279,8 +272,7 @@ def setting_table(runs: pd.DataFrame, report: Report) -> Table:
 
 def ablation_table(runs: pd.DataFrame, report: Report) -> Table:
     """Parts of Table 4 and their settings, for one method, data set, config and number of shots."""
-    first = runs.iloc[0]
-    spec = pd.DataFrame(SETTINGS, columns=["section", "row", "scope", "published"])
+    first, spec = runs.iloc[0], pd.DataFrame(SETTINGS, columns=["section", "row", "scope", "published"])
     if "4c_16" not in set(runs.scope) and not first.family.endswith("ctxv1"):
         spec = spec.replace({"scope": {"4c_16": "shipped"}})  # without initial words M is 16
     others = sorted(set(runs.scope) - set(spec.scope))
@@ -290,31 +282,27 @@ def ablation_table(runs: pd.DataFrame, report: Report) -> Table:
     title = f"{TITLES['ablation']}, {where} on {first.dataset}, {first.shots_text}"
     lines, learned = list(zip(spec.section, spec.row)), pd.Series(True, spec.row.unique())
     comparable = (first.method, first.dataset, first.shots_text) == ("LoGoPrompt", "ImageNet", PAPER_SHOTS)
-    comparable = comparable and same_backbone(first.backbone, "RN50")
+    comparable &= same_backbone(first.backbone, "RN50")
     note = f"No comparison: the paper's ablations are on ImageNet with RN50 and {PAPER_SHOTS}."
-    published = list(spec.published) if comparable else np.nan
-    cells = make_cells(values, lines, learned, published, title, report)
+    cells = make_cells(values, lines, learned, list(spec.published) if comparable else np.nan, title, report)
     return Table("ablation", title, ("part", "setting"), cells, [] if comparable else [note])
 
 
 def make_cells(values: pd.DataFrame, rows: list, learned: pd.Series, published: Any, title: str, report: Report):
-    """``Table.cells`` of accuracies by (section, row, seed) and column; adds to the gaps what lacks seeds.
-
-    ``rows`` lists (section, row) in display order, with or without runs; one that is not ``learned`` needs one seed.
-    """
+    """``Table.cells`` of accuracies by (section, row, seed) and column; adds to the gaps what lacks seeds."""
+    # rows: (section, row) in display order, with or without runs; one that is not learned needs one seed.
     keys = ["section", "row", "column"]
     long = values.melt(ignore_index=False, var_name="column", value_name="value").dropna().reset_index()
     long = long.sort_values("seed", kind="stable").assign(text=long.seed.astype(str))
     stats = {"mean": ("value", "mean"), "std": ("value", "std"), "n": ("value", "size"), "seeds": ("text", " ".join)}
-    cells = long.groupby(keys).agg(**stats).reindex([(*line, column) for line in rows for column in values])
-    cells = cells.rename_axis(index=keys)
+    index = pd.MultiIndex.from_tuples([(*line, column) for line in rows for column in values], names=keys)
+    cells = long.groupby(keys).agg(**stats).reindex(index)
     if "H" in values:  # of the means, not the mean of the seeds' H
         halves = values.dropna().groupby(level=["section", "row"]).mean()
         cells.loc[[(*line, "H") for line in halves.index], "mean"] = H(halves.base, halves.new)
     cells["published"] = pd.Series(published, cells.index, dtype=float).where(cells["mean"].notna())
     cells["difference"] = cells["mean"] - cells.published
-    rounded = cells["mean"].round(2)
-    groups = rounded.groupby(level=["section", "column"])
+    groups = (rounded := cells["mean"].round(2)).groupby(level=["section", "column"])
     cells["best"] = (groups.transform("count") > 1) & (rounded == groups.transform("max"))
     few = cells.index.get_level_values("row").map(learned).to_numpy(bool) & (cells.n < len(report.seeds))
     difference = cells.difference.round(2) + 0.0  # never -0.00
@@ -328,9 +316,9 @@ def make_cells(values: pd.DataFrame, rows: list, learned: pd.Series, published: 
         if (lack or not have) and column != "H" and not section.startswith("Average of "):
             gaps[section, row, ", ".join(lack)].append(column)
     for (section, row, lack), columns in gaps.items():
-        some = f", {' and '.join(columns)}" * (len(columns) < len(set(values) - {"H"}))
-        seeds = f" with seed {lack}" * bool(lack)
-        report.gaps.append(f"missing: {title.split(': ')[-1]}: {row} on {section}{some}{seeds}")
+        which = f", {' and '.join(columns)}" * (len(columns) < len(set(values) - {"H"}))
+        which += f" with seed {lack}" * bool(lack)
+        report.gaps.append(f"missing: {title.split(': ')[-1]}: {row} on {section}{which}")
     return cells
 
 

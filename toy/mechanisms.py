@@ -114,8 +114,7 @@ def choice(runs: pd.DataFrame) -> str:
     """The smallest learning rate within one standard error of the best, on validation images of the base classes."""
     lines, mean, n = [], runs.groupby("label", sort=False)["base"].mean(), runs["images"].iloc[0]
     for _, accuracy in mean.groupby(mean.index.str.startswith("CoOp")):
-        highest = accuracy.max()
-        error = (highest * (100 - highest) / n) ** 0.5
+        error = ((highest := accuracy.max()) * (100 - highest) / n) ** 0.5
         near = accuracy[accuracy >= highest - error].sort_values(ascending=False, kind="stable")
         chosen = min(near.index, key=lambda label: float(label.split()[-1]))
         where = f"on the {n} validation images of the base classes ({highest:.2f}, standard error {error:.2f})"
@@ -140,8 +139,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser.parse_args(argv)
     args.output, args.data = args.output.resolve(), (args.data or args.output / "data").resolve()
     chosen = {name: experiments(args.rates)[name] for name in args.only}
-    jobs = {n: [(r._replace(label=""), seed) for r in rows for seed in args.seeds] for n, (_, rows) in chosen.items()}
-    todo = list(dict.fromkeys(sum(jobs.values(), [])))
+    jobs = [(row._replace(label=""), seed) for _, rows in chosen.values() for row in rows for seed in args.seeds]
+    todo = list(dict.fromkeys(jobs))
     try:
         with ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
             runs = (pool.map if args.jobs > 1 else map)(partial(measure, args), *zip(*todo))
@@ -151,12 +150,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     sections = [f"Seeds {args.seeds}; mean ± standard deviation, percent."]
     for name, (title, rows) in chosen.items():
-        labels = [row.label for row in rows for _ in args.seeds]
-        frame = pd.DataFrame([{"label": label, **found[job]} for label, job in zip(labels, jobs[name])])
+        measured = ({"label": r.label, **found[r._replace(label=""), seed]} for r in rows for seed in args.seeds)
+        frame = pd.DataFrame(measured)
         sections += [f"## {title}", table(frame), *([choice(frame)] if name == "loss" else [])]
-    text = "\n\n".join(sections)
     path = args.output / ("tables.md" if args.only == names else f"tables_{'_'.join(args.only)}.md")
-    write_text(str(path), f"{text}\n")
+    write_text(str(path), (text := "\n\n".join(sections)) + "\n")
     print(f"{text}\n\n{relative(path)}")
     return 0
 

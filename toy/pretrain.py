@@ -2,9 +2,8 @@
 
     python toy/pretrain.py --out toy/tiny_clip.pt
 
-Contrastive pre-training as in CLIP, in OpenAI's architecture and state-dict layout. The model sees the kinds of
-``drawing.py``, never in the styles of the data sets, and words, alone and on drawings: it recognises objects and reads.
-Runs with the same seed give the same weights on one machine.
+Contrastive, as in CLIP, in OpenAI's state-dict layout. The model sees the kinds of ``drawing.py``, never in the styles
+of the data sets, and words, alone and on drawings. The same seed gives the same weights on one machine.
 """
 
 from __future__ import annotations
@@ -46,7 +45,8 @@ SIZE = 96  # input resolution; a strip of 1/7 has 14 pixels
 VISION = {"layers": (2, 2, 2, 2), "width": 16, "head_width": 64, "image_size": SIZE}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 3}
 EMBED_DIM = 128
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 PRETRAINING_STYLES = ("flat", "outlined", "sketch", "striped", "shaded")
 FONT_FOLDER = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 FONTS = ("", *(f"DejaVuSans{v}.ttf" for v in ("", "-Bold", "-Oblique", "Mono", "Mono-Bold")), "DejaVuSerif.ttf",
@@ -189,8 +189,7 @@ def encode_text(model: CLIP, captions: Sequence[str], device: torch.device) -> t
 
 def contrastive_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """CLIP's symmetric loss of (B, E) unit vectors, scale 1/tau. Pairs with the same key (B,) are positives."""
-    target = (key[:, None] == key).float()
-    target = target / target.sum(dim=1, keepdim=True)
+    target = F.normalize((key[:, None] == key).float(), p=1)
     logits = scale * image @ text.t()
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
 
@@ -211,13 +210,13 @@ def pretrain(args: argparse.Namespace) -> dict[str, torch.Tensor]:
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     model = CLIP(EMBED_DIM, VISION, TEXT, quick_gelu=True).to(device, memory_format=torch.channels_last).train()
-    decays = {name: p.ndim >= 2 and "embedding" not in name for name, p in model.named_parameters()}
-    plain, decayed = ([p for name, p in model.named_parameters() if decays[name] == wanted] for wanted in (False, True))
-    groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": args.weight_decay}]
+    groups = [{"params": [], "weight_decay": rate} for rate in (0.0, args.weight_decay)]
+    for name, p in model.named_parameters():
+        groups[p.ndim >= 2 and "embedding" not in name]["params"].append(p)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6)
     n_first, n_second = (steps * args.batch_size for steps in (args.steps, args.second_steps))
     samples = Samples(*drawings(args.drawings, args.seed), args.seed, n_first + n_second, n_first)
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = MEAN.to(device), STD.to(device)
     bar = tqdm(DataLoader(samples, args.batch_size, num_workers=args.workers), "steps", mininterval=5)
     for step, (images, captions) in enumerate(bar):
         for group in optimizer.param_groups:
@@ -229,15 +228,14 @@ def pretrain(args: argparse.Namespace) -> dict[str, torch.Tensor]:
             image, text = model.encode_image(images), encode_text(model, list(number), device)[key]
         image, text = (F.normalize(features.float(), dim=-1) for features in (image, text))
         loss = contrastive_loss(image, text, model.logit_scale.exp(), key)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
         bar.set_postfix_str(f"loss {loss.item():.3f}, 1/tau {model.logit_scale.exp().item():.1f}", refresh=False)
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k != "attn_mask"}
-    return {k: v.half() for k, v in state.items() if v.is_floating_point()}
+    return {k: v.cpu().contiguous().half() for k, v in model.state_dict().items() if v.is_floating_point()}
 
 
 @torch.no_grad()
@@ -247,11 +245,10 @@ def report(path: str, seed: int, n: int = 2000) -> dict[str, float]:
     kinds, vocabulary = list(KINDS), list(KINDS) + words()
     photo = encode_texts(backbone, [f"a photo of a {kind}." for kind in kinds])
     written = encode_texts(backbone, [f"the word {word}." for word in vocabulary])
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     generator = torch.Generator().manual_seed(seed)
 
     def accuracy(images: torch.Tensor, labels: torch.Tensor, texts: torch.Tensor) -> float:
-        features = (backbone.encode_image((x - mean) / std) for x in images.split(256))
+        features = (backbone.encode_image((x - MEAN) / STD) for x in images.split(256))
         predicted = torch.cat([backbone.logits(x, texts).argmax(1) for x in features])
         return 100 * (predicted == labels).float().mean().item()
 
@@ -276,8 +273,7 @@ def report(path: str, seed: int, n: int = 2000) -> dict[str, float]:
         results[f"read {title}{suffix}"] = accuracy(paste(plain, blocks, places), labels, text)
     labels, blocks = render(kinds)
     for result, expected in (("the drawing is recognised", kind_of), ("the block is read", labels)):
-        both = paste(images, blocks, places)
-        results[f"drawing with any class's block: {result}"] = accuracy(both, expected, photo)
+        results[f"drawing with any class's block: {result}"] = accuracy(paste(images, blocks, places), expected, photo)
     return results
 
 
@@ -295,8 +291,7 @@ def sheet(path: str, seed: int, columns: int = 12) -> None:
         for axis, kind in zip(axes, kinds):
             image = draw(kind, STYLES[style], random, SIZE).image if style else next(with_words).permute(1, 2, 0)
             axis.imshow(np.asarray(image))
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
+            axis.set(xticks=[], yticks=[], frame_on=False)
     figure.savefig(path, dpi=110)
 
 

@@ -21,13 +21,12 @@ _OPTIM = {
     "NAME": "adam", "LR": 0.0003, "WEIGHT_DECAY": 5e-4, "ADAM_BETA1": 0.9, "ADAM_BETA2": 0.999,
     "MOMENTUM": 0.9, "SGD_DAMPNING": 0, "SGD_NESTEROV": False, "RMSPROP_ALPHA": 0.99,
     "STAGED_LR": False, "NEW_LAYERS": (), "BASE_LR_MULT": 0.1,  # STAGED_LR True is refused
-    "LR_SCHEDULER": "single_step", "GAMMA": 0.1, "MAX_EPOCH": 10,
-    "STEPSIZE": (-1,),  # epochs; single_step uses the last one, and MAX_EPOCH where it is below 1
+    "LR_SCHEDULER": "single_step", "GAMMA": 0.1, "MAX_EPOCH": 10, "STEPSIZE": (-1,),  # below 1: MAX_EPOCH
     "WARMUP_EPOCH": -1, "WARMUP_TYPE": "linear", "WARMUP_CONS_LR": 1e-5, "WARMUP_MIN_LR": 1e-5,
     "WARMUP_RECOUNT": True,  # after the warm-up the schedule starts at epoch 0; False: at WARMUP_EPOCH
 }
 DEFAULTS = {
-    "VERSION": 1, "OUTPUT_DIR": "./output", "VERBOSE": True, "USE_CUDA": True,
+    "VERSION": 1, "OUTPUT_DIR": "./output", "VERBOSE": True, "USE_CUDA": True, "TRAINER": {"NAME": ""},
     "RESUME": "", "SEED": -1,  # run folder to resume from (empty: OUTPUT_DIR); a negative seed is not set
     "INPUT": _INPUT, "DATASET": _DATASET, "OPTIM": _OPTIM,
     "DATALOADER": {
@@ -44,7 +43,6 @@ DEFAULTS = {
         "EVALUATOR": "Classification", "PER_CLASS_RESULT": False, "COMPUTE_CMAT": False, "NO_TEST": False,
         "SPLIT": "test", "FINAL_MODEL": "last_step",  # or val; or best_val, which evaluates after every epoch
     },
-    "TRAINER": {"NAME": ""},
 }
 # fmt: on
 

@@ -71,7 +71,7 @@ class DataManager:
         data, node = self.dataset, cfg.DATASET
         rows = {"Dataset": node.NAME, "Source": node.SOURCE_DOMAINS, "Target": node.TARGET_DOMAINS}
         rows["# classes"] = self.num_classes
-        rows.update({f"# {split}": len(getattr(data, split) or ()) for split in ("train_x", "train_u", "val", "test")})
+        rows |= {f"# {split}": len(getattr(data, split) or ()) for split in ("train_x", "train_u", "val", "test")}
         rows = [(key, f"{value:,}" if isinstance(value, int) else str(value)) for key, value in rows.items() if value]
         print(tabulate(rows, disable_numparse=True))
 
@@ -89,8 +89,7 @@ class DatasetWrapper(Dataset):
         return len(self.data_source)
 
     def __getitem__(self, idx: int) -> dict:
-        datum = self.data_source[idx]
-        image = read_image(datum.impath)
+        image = read_image((datum := self.data_source[idx]).impath)
         item = {"label": datum.label, "domain": datum.domain, "impath": datum.impath, "index": idx, "img": image}
         several = self.transform if isinstance(self.transform, (list, tuple)) else [self.transform]
         for number, tfm in enumerate(several, start=1):

@@ -75,8 +75,7 @@ class TrainerX:
 
     def resume_model_if_exist(self, directory: str) -> int:
         """Load the newest checkpoints; return the number of finished epochs, 0 where a model has no checkpoint."""
-        found = [osp.isfile(osp.join(directory, name, "checkpoint")) for name in self._models]
-        if not found or not all(found):
+        if not self._models or not all(osp.isfile(osp.join(directory, name, "checkpoint")) for name in self._models):
             print("No checkpoint found, train from scratch")
             return 0
         print(f"Found checkpoint at {directory} (will resume training)")
@@ -93,9 +92,8 @@ class TrainerX:
             return print("(ignore this if it's done on purpose)")
         for name, model in self._models.items():
             path = osp.join(directory, name, _BEST if epoch is None else f"model.pth.tar-{epoch}")
-            checkpoint = load_checkpoint(path)
+            result = (checkpoint := load_checkpoint(path))["val_result"]
             model.load_state_dict(checkpoint["state_dict"])
-            result = checkpoint["val_result"]
             print(f"Load {path} to {name} (epoch={checkpoint['epoch']}, val_result={result and round(result, 1)})")
 
     def init_writer(self, log_dir: str) -> None:
@@ -134,8 +132,7 @@ class TrainerX:
         """Go through the training images once; log every TRAIN.PRINT_FREQ batches, or all where there are fewer."""
         self.set_model_mode("train")
         losses, batch_time, data_time = MetricMeter(), AverageMeter(), AverageMeter()
-        self.num_batches, freq = len(self.train_loader_x), self.cfg.TRAIN.PRINT_FREQ
-        end = time.time()
+        self.num_batches, freq, end = len(self.train_loader_x), self.cfg.TRAIN.PRINT_FREQ, time.time()
         for index, batch in enumerate(self.train_loader_x):
             self.batch_idx, done = index, index + 1
             data_time.update(time.time() - end)

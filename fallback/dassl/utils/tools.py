@@ -30,8 +30,7 @@ def check_isfile(fpath: str) -> bool:
 
 
 def listdir_nohidden(path: str, sort: bool = False) -> list:
-    names = [name for name in os.listdir(path) if name[0] != "."]
-    return sorted(names) if sort else names
+    return [name for name in (sorted if sort else list)(os.listdir(path)) if name[0] != "."]
 
 
 @contextmanager
