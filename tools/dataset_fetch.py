@@ -50,8 +50,8 @@ class Source:
     folder: str
     classes: int
     counts: dict[str, int]
-    images: tuple[str, ...] = ()
-    names: str = ""
+    images: tuple[str, ...] = ()  # files or folders that must exist
+    names: str = ""  # CoOp's split or the file of class names, which must exist too
     downloads: tuple[Download, ...] = ()
     manual: str = ""
 
@@ -69,7 +69,12 @@ class Source:
 SOURCES = {}
 for _name, _facts in yaml.safe_load(Path(__file__).with_name("sources.yaml").read_text(encoding="utf-8")).items():
     _files = [Download(file, **{"parts": (file,), **facts}) for file, facts in _facts.pop("downloads").items()]
-    SOURCES[_name] = Source(downloads=tuple(_files), **_facts)
+    _found = {
+        "folder": _name,
+        "images": tuple(part for download in _files for part in download.parts if part != download.file),
+        "names": next((download.file for download in _files if download.parts == (download.file,)), ""),
+    }
+    SOURCES[_name] = Source(**{**_found, **_facts}, downloads=tuple(_files))
 
 
 def exists(folder: str, part: str) -> bool:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from dassl.engine import TRAINER_REGISTRY
 from torch.utils.checkpoint import checkpoint
 from yacs.config import CfgNode
@@ -18,7 +17,7 @@ from yacs.config import CfgNode
 from .prompting.backbone import Backbone
 from .prompting.config import CONTEXT, Key, at_least
 from .prompting.image_batch import ImageBatch
-from .prompting.method import Method, Step
+from .prompting.method import Method
 from .prompting.prompts import PromptLearner, meta_net
 from .prompting.text_encoder import TextEncoder
 from .prompting.trainer import PromptTrainer
@@ -56,10 +55,6 @@ class CustomCLIP(Method):
         super().__init__(cfg, classnames, backbone)
         self.learned = ConditionalPromptLearner(backbone, classnames, self.options.N_CTX, self.options.CTX_INIT)
         self.text_encoder = TextEncoder(backbone, cfg.TRAIN.TEXT_CHUNK)
-
-    def loss(self, images: ImageBatch, label: torch.Tensor) -> Step:
-        logits = self.score(images, None)
-        return Step({"loss": F.cross_entropy(logits, label)}, logits)
 
     def score(self, images: ImageBatch, text_features: None) -> torch.Tensor:
         """(B, C) logits. With several chunks, activations are held for one and recomputed in the backward pass."""

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from dassl.engine import TRAINER_REGISTRY
 from yacs.config import CfgNode
 
 from .prompting.backbone import Backbone
 from .prompting.config import CONTEXT, Key, one_of
-from .prompting.image_batch import ImageBatch
-from .prompting.method import Method, Step
+from .prompting.method import Method
 from .prompting.prompts import POSITIONS, PromptLearner
 from .prompting.text_encoder import TextEncoder
 from .prompting.trainer import PromptTrainer
@@ -39,13 +37,6 @@ class CustomCLIP(Method):
 
     def text_features(self) -> torch.Tensor:
         return self.text_encoder(*self.learned.encoder_inputs())
-
-    def loss(self, images: ImageBatch, label: torch.Tensor) -> Step:
-        logits = self.score(images, self.text_features())
-        return Step({"loss": F.cross_entropy(logits, label)}, logits)
-
-    def score(self, images: ImageBatch, text_features: torch.Tensor) -> torch.Tensor:
-        return self.backbone.logits(images.features(), text_features)
 
 
 extend_cfg = CustomCLIP.extend_cfg

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from dassl.engine import TRAINER_REGISTRY
 
-from .prompting.image_batch import ImageBatch
 from .prompting.method import Method
 from .prompting.names import clean_name
 from .prompting.templates import SELECTED_TEMPLATES, template_of
@@ -28,9 +27,6 @@ class ZeroshotMethod(Method):
         names = [clean_name(name) for name in self.classnames]
         features = [encode_texts(self.backbone, [t.format(name) for name in names]) for t in self.templates()]
         return F.normalize(torch.stack(features).mean(dim=0), dim=-1)
-
-    def score(self, images: ImageBatch, text_features: torch.Tensor) -> torch.Tensor:
-        return self.backbone.logits(images.features(), text_features)
 
 
 class EnsembleMethod(ZeroshotMethod):

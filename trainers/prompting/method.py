@@ -17,6 +17,7 @@ from typing import Optional, Protocol
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from yacs.config import CfgNode
 
 from .backbone import Backbone
@@ -116,8 +117,9 @@ class Method(nn.Module):
         return self.cfg.TRAINER[self.config_name]
 
     def loss(self, images: ImageBatch, label: torch.Tensor) -> Step:
-        """Losses and logits of B images with labels (B,)."""
-        raise NotImplementedError
+        """Losses and logits of B images with labels (B,); by default the cross-entropy of the scores."""
+        logits = self.score(images, self.text_features())
+        return Step({"loss": F.cross_entropy(logits, label)}, logits)
 
     def backward(self, step: Step, scale: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Compute gradients; ``scale`` multiplies a loss by the scale of mixed precision."""
@@ -143,8 +145,8 @@ class Method(nn.Module):
         return None
 
     def score(self, images: ImageBatch, text_features: Optional[torch.Tensor]) -> torch.Tensor:
-        """(B, C) scores, whose argmax is the prediction."""
-        raise NotImplementedError
+        """(B, C) scores, whose argmax is the prediction; by default scaled cosine similarities (Eq. 1)."""
+        return self.backbone.logits(images.features(), text_features)
 
     def compare(self, images: ImageBatch, text_features: Optional[torch.Tensor]) -> Comparison:
         """Scores with what they are based on, for metrics and explanations."""
