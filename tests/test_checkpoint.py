@@ -163,7 +163,7 @@ def test_run_resumes_only_with_the_same_settings(run):
     other = run("LoGoPrompt", *stages, out="stages")
     opts, flags = (*stages, "TRAINER.LOGOPROMPT.STAGE1_EPOCHS", 1), ["--resume", other.folder]
     refused = run("LoGoPrompt", *opts, out="other", flags=flags, status=2)  # but not which epoch is of which stage
-    assert "TRAINER.LOGOPROMPT.STAGE1_EPOCHS -1, now it is 1" in refused.error
+    assert "TRAINER.LOGOPROMPT.STAGE1_EPOCHS -1, now it is 1: train without --resume" in refused.error
 
 
 def test_evaluation_does_not_replace_the_results_of_training(run):

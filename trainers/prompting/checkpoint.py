@@ -275,7 +275,8 @@ class Checkpointer:
         Returns whether all settings are the same.
         """
         before, now = self._settings(checkpoint, path)
-        remedy = "choose another --output-dir or delete that folder"
+        elsewhere = "train without --resume or with the settings of that run"
+        remedy = "choose another --output-dir or delete that folder" if every_key else elsewhere
         if checkpoint.get("classnames", self.classnames) != self.classnames:
             raise UserError(f"{path} was trained on other classes: {remedy}")
         keys = [*IDENTITY, *(key for key in sorted(before.keys() | now.keys()) if not key.startswith(FREE_KEYS))]
