@@ -99,7 +99,7 @@ class Folder(FewShotDataset):
             found[name] = [f"{prefix}/{path}" for path in walk_images(folder, others)] if here else []
         if others:
             kinds = ", ".join(sorted({os.path.splitext(name)[1].lower() or "no ending" for name in others})[:5])
-            print(f"{len(others)} files are not images that Pillow decodes here ({kinds}), such as {others[0]}")
+            print(f"{len(others)} file(s) that Pillow cannot decode here ({kinds}), such as {others[0]}")
         return found
 
     def _classnames(self, classes: list[str]) -> dict[str, str]:

@@ -297,7 +297,7 @@ def test_every_ending_that_pillow_decodes_is_an_image_and_others_are_named(data_
     dataset = found.trainer.dm.dataset
     assert len(dataset.classnames) == len(endings)
     assert sum(map(len, (dataset.train_x, dataset.val or [], dataset.test))) == 4 * len(endings)
-    assert "1 files are not images" in found.log and ".txt" in found.log and "notes.txt" in found.log
+    assert "1 file(s) that Pillow cannot decode" in found.log and ".txt" in found.log and "notes.txt" in found.log
 
 
 @pytest.mark.parametrize("mark", [" ", "\t", ",", ", ", ";"])

@@ -72,8 +72,9 @@ def test_invisible_name_is_refused(font):
 
 
 def test_errors_escape_control_characters(capsys):
-    assert train._fail("a\x1b[2Jb\nc", "d\u202ee") == 2
-    assert capsys.readouterr().err == "error: a\\x1b[2Jb c\nerror: d\\u202ee\n"
+    assert train.main(["--output-dir", "o", "--trainer", "a\x1b[2Jb\nc\u202ee"]) == 2
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith('error: unknown trainer (--trainer) "a\\x1b[2Jb c\\u202ee": choose one of ')
 
 
 ANY_NAME = st.text(st.characters(exclude_categories=()), max_size=200)

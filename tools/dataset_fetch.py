@@ -202,7 +202,7 @@ def unpack(path: str, folder: str) -> None:
                 for name in archive.namelist():
                     if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
                         raise zipfile.BadZipFile(f"{name} is outside the archive")
-                archive.extractall(folder)
+                    archive.extract(name, folder)
         else:  # not pooch's Untar, which is unsafe before Python 3.12
             with tarfile.open(path) as archive:
                 archive.extractall(folder, filter=refuse_links)

@@ -125,8 +125,9 @@ def read_run(folder: Path) -> Optional[Run]:
     settings, folder = {}, folder.resolve()
     if (file := folder / "config.yaml").exists():
         text = file.read_text(encoding="utf-8")
-        fast = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml; it crashes on deeply nested text
-        content = yaml.load(text, fast if len(text) < 20_000 else yaml.SafeLoader)  # a config takes 3,000
+        # libyaml crashes on deeply nested text; a config takes 3,000 characters
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader) if len(text) < 20_000 else yaml.SafeLoader
+        content = yaml.load(text, Loader=loader)
         if not content or not isinstance(content, dict):
             raise ValueError("config.yaml holds no keys")
         settings = pd.json_normalize(content, sep=".").iloc[0].to_dict()
@@ -205,7 +206,7 @@ def make_report(roots: Sequence[Path], seeds: Sequence[int]) -> Report:
         order=report.runs.kind.map(list(TITLES).index),
         source=report.runs.scope.where(report.runs.kind != "ablation", ""),
         less=-report.runs.shots.where(report.runs.kind != "few_shot", 0),  # there they are the columns
-        shots_text=[f"{n} shot{'s' * (n != 1)}" for n in report.runs.shots],
+        shots_text=[f"{n} shot{'s' * (n > 1)}" if n > 0 else "all images" for n in report.runs.shots],
     )
     runs["column"] = runs.shots_text.where(runs.kind == "few_shot", "accuracy")
     runs["column"] = runs.subset.where(runs.kind == "base2new", runs.column)
