@@ -30,11 +30,12 @@ import yaml
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
-from dassl.utils import collect_env_info, set_random_seed, setup_logger
+from dassl.utils import collect_env_info, set_random_seed
 from yacs.config import CfgNode as CN
 
 import datasets
 import trainers
+from fallback.dassl.utils import setup_logger  # Dassl's own buffers the log and fails at exit where the disk is full
 from trainers.prompting.errors import UserError
 from trainers.prompting.names import flat_config, printable
 from trainers.prompting.run_folder import locked
