@@ -205,6 +205,8 @@ def run(args: argparse.Namespace) -> None:
                 remedy = "add --eval-only, and --model-dir for a trained model"
                 raise UserError(f"{cfg.DATASET.NAME} has no training images: {remedy}")
             trainer.train()
+        for loader in filter(None, (trainer.train_loader_x, trainer.val_loader, trainer.test_loader)):
+            loader._iterator = None  # ends its workers; the garbage collector would wait five seconds for each
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

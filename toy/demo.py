@@ -100,7 +100,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"\n{text}\n\n{time.time() - started:.0f} s; seed {args.seed}, {DATASET}, embedded CLIP (tiny)")
-    print('What these numbers mean: docs/toy.md')
+    print("What these numbers mean: docs/toy.md")
     print(*(relative(output / name) for name in ("table.md", "chart.png", "class_conditional.png", "runs")), sep="\n")
     return 0
 
