@@ -1,4 +1,4 @@
-"""The embedded world: drawings of 32 kinds of things, made below the data root on first use, without a download.
+"""The toy world: drawings of 32 kinds of things, made below the data root on first use, without a download.
 
 ``Shapes`` is the data set. ``ShapesShifted`` is a target domain: the same kinds in another style, on other backgrounds
 and with more noise. The embedded CLIP was pre-trained on neither style.

@@ -73,7 +73,7 @@ def test_base2new_runs_every_seed_on_base_and_new_classes(tmp_path):
         assert new["--eval-only"] and new["--model-dir"] == base["--output-dir"] and "--eval-only" not in base
         assert base["OPTIM.LR"] == new["OPTIM.LR"] == "0.1" and config(base) == "LoGoPrompt/vit_b16_ctxv1"
     assert {call["TEST.FEATURES"] for call in calls} == {str(tmp_path / "out" / "features.sqlite")}
-    for dataset in ("shapes", "shapes_shifted"):  # the embedded world has its own CLIP
+    for dataset in ("shapes", "shapes_shifted"):  # the toy world has its own CLIP
         base, new = runs(tmp_path, "logo/base2new", dataset, "1")
         assert config(base) == config(new) == "LoGoPrompt/tiny96_ep10_ctxv1"
         assert new["--dataset-config-file"] == f"configs/datasets/{dataset}.yaml"

@@ -1,1 +1,1 @@
-"""The embedded world: drawings of named things, the small CLIP pre-trained on them, and its weights."""
+"""The toy world: drawings of named things, the small CLIP pre-trained on them, and its weights."""

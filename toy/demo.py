@@ -1,4 +1,4 @@
-"""The method on the embedded world, in minutes, with nothing but the Python packages: ``make demo``.
+"""The method on the toy world, in minutes, with nothing but the Python packages: ``make demo``.
 
 Trains CoOp and LoGoPrompt on the base classes of "Shapes" and tests them and zero-shot CLIP on base and new classes.
 Writes a table, a bar chart, a contact sheet of class-conditional images and the run folders into ``output/demo/``.

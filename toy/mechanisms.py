@@ -1,4 +1,4 @@
-"""The paper's mechanisms on the embedded world: a table for each, in one command.
+"""The paper's mechanisms on the toy world: a table for each, in one command.
 
     python toy/mechanisms.py                # everything; finished runs are not repeated
     python toy/mechanisms.py --only loss k  # see --help for the names

@@ -37,7 +37,7 @@ OPENAI_MODELS = {
 # Normalisation of OpenAI's weights, and of others in their layout.
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CACHE = os.path.join("~", ".cache", "clip")  # OpenAI's files, for both packages
-# The weights of the embedded world; a drop-in does not copy them.
+# The weights of the toy world; a drop-in does not copy them.
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "toy", "tiny_clip.pt")
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # in OpenAI's archives
 
