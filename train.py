@@ -36,8 +36,8 @@ from yacs.config import CfgNode as CN
 import datasets
 import trainers
 from fallback.dassl.utils import setup_logger  # Dassl's own buffers the log and fails at exit where the disk is full
-from trainers.prompting.errors import UserError
-from trainers.prompting.names import flat_config, printable
+from trainers.prompting.errors import UserError, messages
+from trainers.prompting.names import flat_config
 from trainers.prompting.run_folder import locked
 
 TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
@@ -239,16 +239,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         run(parse_args(argv))
         return 0
-    except UserError as error:
-        messages = map(str, error.args)
-    except FloatingPointError as error:
-        messages = [f"{error}; training cannot continue: lower OPTIM.LR"]
-    except OSError as error:  # an unreadable or unwritable file; raised in a worker, the message has many lines
-        last = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
-        messages = [f"{error.filename}: {error.strerror}" if error.filename and error.strerror else last]
-    for message in messages:
-        print(f"error: {printable(' '.join(message.splitlines()))}", file=sys.stderr)
-    return 2
+    except Exception as error:
+        if (lines := messages(error)) is None:
+            raise
+        print(*(f"error: {line}" for line in lines), sep="\n", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

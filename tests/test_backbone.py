@@ -133,15 +133,68 @@ def test_without_any_package_the_error_names_one_to_install(monkeypatch, clip_fi
     assert "pip install open_clip_torch" in one_line(lambda: load_clip(clip_file))
 
 
-def test_other_clip_packages_fall_back_to_open_clip(monkeypatch):
-    """An unrelated one without clip.model, and one that builds other models (MaPLe's)."""
+def test_a_package_that_is_not_clip_counts_as_absent(monkeypatch):
     for name in ("clip", "clip.simple_tokenizer"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.delitem(sys.modules, "clip.model", raising=False)
     assert import_provider().__name__ == "open_clip"
+    assert "pip install open_clip_torch" in one_line(lambda: import_provider("clip"))
+
+
+class TwoPrompts(torch.nn.Module):
+    """An encoder that returns features of two prompts for every input, as PLOT's."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.image_size = encoder, encoder.image_size
+
+    def forward(self, x):
+        return self.encoder(x).unsqueeze(1).expand(-1, 2, -1)
+
+
+def foreign_builds():
+    """Ways in which the ``clip`` of other code bases differs: what its build_model does with a plain one."""
+
+    def two_prompts(model):
+        model.visual = TwoPrompts(model.visual)
+        model.load_state_dict = lambda state_dict: None
+        return model
+
+    def wants_a_prompt(model):
+        model.encode_text = lambda text, prompt: None
+        return model
+
+    def other_parameters(model):
+        model.register_parameter("deep_prompt", torch.nn.Parameter(torch.zeros(2)))
+        return model
+
+    return {"shape": two_prompts, "arguments": wants_a_prompt, "parameters": other_parameters, "signature": None}
+
+
+@pytest.mark.parametrize("kind", foreign_builds())
+def test_a_clip_that_builds_other_models_is_replaced_by_open_clip(monkeypatch, capsys, clip_file, kind):
+    import open_clip.model
+    import open_clip.tokenizer
+
+    change, plain = foreign_builds()[kind], load_clip(clip_file, "open_clip")
+
+    def build_model(state_dict):
+        torch.rand(7)
+        return change(open_clip.model.build_model_from_openai_state_dict(state_dict))
+
+    monkeypatch.setitem(sys.modules, "clip", package := types.ModuleType("clip"))
     monkeypatch.setitem(sys.modules, "clip.model", types.ModuleType("clip.model"))
-    sys.modules["clip.model"].build_model = lambda state_dict: None
-    assert import_provider().__name__ == "clip"
-    sys.modules["clip.model"].build_model = lambda state_dict, design_details: None
-    assert import_provider().__name__ == "open_clip"
-    assert "design_details" in one_line(lambda: import_provider("clip"))
+    monkeypatch.setitem(sys.modules, "clip.simple_tokenizer", open_clip.tokenizer)
+    package.__file__ = "/code/clip/__init__.py"
+    sys.modules["clip.model"].build_model = build_model if change else lambda state_dict, design_details: None
+    torch.manual_seed(0)
+    found = load_clip(clip_file)
+    after = torch.rand(1)
+    assert "/code/clip builds no plain CLIP" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(features(found), features(plain)))
+    torch.manual_seed(0)
+    load_clip(clip_file, "open_clip")
+    assert torch.equal(torch.rand(1), after)  # the attempt leaves no trace in the random stream
+    assert "/code/clip builds no plain CLIP" in one_line(lambda: load_clip(clip_file, "clip"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert one_line(lambda: load_clip(clip_file)).endswith("pip install open_clip_torch")

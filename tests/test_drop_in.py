@@ -1,5 +1,6 @@
 """tools/drop_in.py on a made-up CoOp code base: what it adds, leaves alone, refuses and takes back."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -38,8 +39,8 @@ def main(folder):
 if __name__ == "__main__":
     main(sys.argv[sys.argv.index("--output-dir") + 1])
 '''
-INSTALLED = TRAIN.replace(b"# no training\n", b"# no training\nimport trainers.logoprompt\n").replace(
-    b'    """\n    from', b'    """\n    trainers.logoprompt.extend_cfg(cfg)\n    from'
+INSTALLED = TRAIN.replace(b"# no training\n", b"# no training\nimport trainers.prompting.plugin\n").replace(
+    b'    """\n    from', b'    """\n    trainers.prompting.plugin.extend_cfg(cfg)\n    from'
 )
 
 
@@ -85,7 +86,7 @@ def tracked():
 def test_install_check_and_remove(checkout, capsys):
     assert drop_in.main([str(checkout), "--check"]) == 1
     out = capsys.readouterr().out
-    assert "missing: trainers/prompting\n" in out and "add to train.py: import trainers.logoprompt\n" in out
+    assert "missing: trainers/prompting\n" in out and "add to train.py: import trainers.prompting.plugin\n" in out
     (checkout / "train.py").chmod(0o750)
     for _ in range(2):  # a second time changes nothing
         assert drop_in.main([str(checkout)]) == 0
@@ -129,7 +130,7 @@ def test_copy_works_without_the_rest_of_this_repository(checkout, tmp_path):
 def test_scripts_work_in_the_checkout(checkout):
     drop_in.main([str(checkout)])
     paths = {"OUTPUT": str(checkout / "output"), "PYTHONPATH": str(ROOT / "fallback")}
-    environment = {**os.environ, "PYTHON": sys.executable, **paths}
+    environment = {**os.environ, "PYTHON": sys.executable, "DATA": str(checkout), **paths}
 
     def script(*words):
         words = ["bash", str(checkout / "scripts" / "logo" / "base2new.sh"), *words]
@@ -142,10 +143,20 @@ def test_scripts_work_in_the_checkout(checkout):
         ["new", "30.00"],
         ["H", "40.00"],
     ]
-    environment["BACKBONE"] = "tiny"
-    for dataset, fault in (("shapes", "shapes.yaml: no such file"), ("caltech101", "tiny_clip.pt: no such file")):
+    faults = (
+        ("shapes", {}, "shapes.yaml: no such file"),
+        ("caltech101", {"BACKBONE": "tiny"}, "tiny_clip.pt: no such file"),
+        ("caltech101", {"TRAINER": "CoOp"}, "TRAINER CoOp: the scripts run LoGoPrompt here"),  # CoOp's own
+        ("caltech101", {"TRAINER": "LogoPrompt"}, "TRAINER LogoPrompt: the scripts run LoGoPrompt here"),
+        ("caltech101", {"DATA": ""}, f"DATA is not set, and {checkout}/data: no such folder"),
+        ("caltech101", {"DATA": "nowhere"}, "DATA nowhere: no such folder"),
+    )
+    for dataset, changed, fault in faults:
+        before = environment.copy()
+        environment.update(changed)
         done = script(dataset, "1")
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and fault in done.stderr
+        environment = before
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and fault in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
@@ -163,7 +174,7 @@ def test_lines_without_a_place_are_printed(checkout, capsys):
     (checkout / "train.py").write_text(text)
     assert drop_in.main([str(checkout)]) == 0
     assert capsys.readouterr().out.count("add to train.py: ") == 2 and (checkout / "train.py").read_text() == text
-    (checkout / "train.py").write_bytes(INSTALLED.replace(b"logoprompt\n", b"logoprompt  # mine\n"))
+    (checkout / "train.py").write_bytes(INSTALLED.replace(b"plugin\n", b"plugin  # mine\n"))
     assert "remove them by hand" in refusal(capsys, checkout, "--remove")
     assert (checkout / "trainers" / "logoprompt.py").exists()
 
@@ -232,3 +243,69 @@ def test_other_folders_are_refused(checkout, capsys, tmp_path):
     (checkout / "train.py").write_text("import trainers.coop\n")
     for path in (ROOT, tmp_path, tmp_path / "nowhere", checkout):
         assert f"{path}: no CoOp code base" in refusal(capsys, path)
+
+
+OLD_PYTHON = (
+    "import sys, collections; V = collections.namedtuple('V', 'major minor micro'); sys.version_info = V(3, 8, 1)"
+)
+PLAIN = (
+    "import train; from yacs.config import CfgNode; cfg = CfgNode({'TRAINER': {}}); train.extend_cfg(cfg); print(cfg)"
+)
+
+
+@pytest.mark.parametrize(
+    ("before", "fault"),
+    [
+        (OLD_PYTHON, "Python 3.9 or newer is required, this is 3.8"),
+        ("import sys; sys.modules['safetensors'] = sys.modules['fontTools'] = None", ""),
+        ("import sys; sys.modules['filelock'] = None", "filelock"),
+        ("import sys, torch; del torch.optim.lr_scheduler.LRScheduler", "LRScheduler"),  # torch 1
+    ],
+    ids=["python", "lazy", "package", "torch"],
+)
+def test_other_trainers_work_where_ours_cannot(checkout, before, fault):
+    """Importing it costs them a line; only a run of ours is refused."""
+    drop_in.main([str(checkout)])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "fallback")}
+
+    def run(trainer):
+        words = [sys.executable, "-c", f"{before}; {PLAIN}", "--trainer", trainer]
+        return subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True)
+
+    done = run("CoOp")
+    assert done.returncode == 0 and "COOP" in done.stdout and ("LOGOPROMPT" in done.stdout) == (not fault), done.stderr
+    if fault:
+        assert done.stderr.startswith("WARNING: LoGoPrompt cannot be used here: ") and done.stderr.count("\n") == 1
+        done = run("LoGoPrompt")
+        assert done.returncode == 2 and fault in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_users_mistake_in_the_checkout_is_one_line(checkout):
+    drop_in.main([str(checkout)])
+    raises = "from trainers.prompting.errors import UserError; raise UserError('file: remedy', 'second')"
+    for trainer, status, lines in (("LoGoPrompt", 2, ["error: file: remedy", "error: second"]), ("CoOp", 1, None)):
+        words = [sys.executable, "-c", f"import train; {raises}", "--trainer", trainer]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "fallback")}
+        done = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True)
+        assert done.returncode == status
+        assert done.stderr.splitlines() == lines if lines else "Traceback" in done.stderr
+
+
+def test_old_pythons_are_refused_before_anything_is_written(checkout):
+    code = f"{OLD_PYTHON}; import runpy; runpy.run_path({str(ROOT / 'tools' / 'drop_in.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, str(checkout)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: Python 3.9") and done.stderr.count("\n") == 1
+    assert changes(checkout) == set()
+    for name in ("tools/drop_in.py", "trainers/prompting/plugin.py", "trainers/prompting/__init__.py"):
+        ast.parse((ROOT / name).read_text(), feature_version=(3, 7))
+
+
+def test_a_changed_clip_is_reported(checkout, capsys):
+    (checkout / "clip").mkdir()
+    for name in ("__init__", "simple_tokenizer"):
+        (checkout / "clip" / f"{name}.py").touch()
+    (checkout / "clip" / "model.py").write_text("def build_model(state_dict, design_details): pass\n")
+    assert drop_in.main([str(checkout)]) == 0
+    out = capsys.readouterr().out
+    assert f"open_clip will be used: the clip package in {checkout / 'clip'} builds no plain CLIP (TypeError" in out
+    assert drop_in.main([str(checkout), "--check"]) == 0

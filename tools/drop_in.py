@@ -5,17 +5,25 @@
     python tools/drop_in.py PATH_TO_COOP --remove    undoes the installation
 
 Run it with CoOp's interpreter: it looks for packages there. Checks everything before it writes, train.py last; never
-overwrites or removes what differs from ours. Standard library only.
+overwrites or removes what differs from ours. Standard library only, and readable for Python 3.7.
 """
 
 from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 9):
+    print(
+        f"error: Python 3.9 or newer is required, this is {sys.version.split()[0]}; nothing was done", file=sys.stderr
+    )
+    sys.exit(2)
 
 import argparse
 import importlib.metadata
 import os
 import re
 import shutil
-import sys
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,7 +32,7 @@ from typing import Optional
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("trainers/prompting", "configs/trainers/LoGoPrompt", "scripts/logo", "trainers/logoprompt.py")
-LINES = (b"import trainers.logoprompt", b"trainers.logoprompt.extend_cfg(cfg)")
+LINES = (b"import trainers.prompting.plugin", b"trainers.prompting.plugin.extend_cfg(cfg)")
 # What they follow in train.py: the imports of trainers, and the head of extend_cfg with its docstring.
 PLACES = (
     re.compile(rb"(?:^import trainers\.\w+[ \t]*(?:#[^\r\n]*)?(\r?\n))+()", re.M),
@@ -75,7 +83,7 @@ def edited(text: bytes, remove: bool) -> bytes:
             text = re.sub(rb"^[ \t]*%b[ \t]*\r?\n" % re.escape(line), b"", text, flags=re.M)
         elif line in missing_lines(text):
             text = place.sub(rb"\g<0>\2%b\1" % line, text, count=1)  # with the indentation and line end found there
-    if remove and b"trainers.logoprompt" in text:
+    if remove and b"trainers.prompting" in text:
         raise Refusal("our lines in train.py were changed; remove them by hand first")
     return text
 
@@ -104,15 +112,26 @@ def change(checkout: Path, remove: bool) -> str:
     return f"{checkout}: {len(parts)} parts {'removed' if remove else 'copied'}"
 
 
-def missing_packages() -> list[str]:
-    """Requirements that this interpreter does not meet, as in ``requirements.txt``."""
+def clip_fault(checkout: Path) -> str:
+    """What is wrong with the ``clip`` package of the checkout, tried with a small CLIP; empty: nothing, or no such."""
+    load = "from trainers.prompting.backbone import load_clip; load_clip(sys.argv[1], 'clip')"
+    if not (checkout / "clip").is_dir():
+        return ""
+    words = [sys.executable, "-c", f"import sys; {load}", str(ROOT / "toy/tiny_clip.pt")]
+    done = subprocess.run(words, cwd=checkout, capture_output=True, text=True)
+    found = re.search(r"UserError: (the clip package .*): pip install", done.stderr)
+    return found[1] if found else ""
+
+
+def missing_packages(more: Sequence[str] = ()) -> list[str]:
+    """Requirements that this interpreter does not meet, as in ``requirements.txt``; ``more`` names further ones."""
 
     def numbers(version: str) -> list[int]:
         return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
     needed = dict(re.findall(r"^([\w-]+)>=([\d.]+)", (ROOT / "requirements.txt").read_text("utf-8"), re.M))
     installed = {str(d.metadata["Name"]).lower(): d.version for d in importlib.metadata.distributions()}
-    least = {name: needed[name] for name in PACKAGES}
+    least = {name: needed[name] for name in (*PACKAGES, *more)}
     return [f'"{n}>={v}"' for n, v in least.items() if numbers(installed.get(n.lower(), "0")) < numbers(v)]
 
 
@@ -125,21 +144,27 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     what.add_argument("--remove", action="store_true", help="undo the installation")
     args = parser.parse_args(argv)
     checkout = Path(args.checkout).expanduser().resolve()
-    train = checkout / "train.py"
+    train, fault = checkout / "train.py", ""
     try:
         if checkout == ROOT or not (checkout / "trainers").is_dir() or b"def extend_cfg" not in train.read_bytes():
             raise Refusal("no CoOp code base; give the folder with CoOp's train.py and trainers/")
         lines = [] if args.check else [change(checkout, args.remove)]
         if args.check:
-            lines = [f"{found}: {part}" for part in PARTS if (found := state(checkout, part)) != "same"]
+            found = {part: state(checkout, part) for part in PARTS}
+            lines = [f"{word}: {part}" for part, word in found.items() if word != "same"]
         if not args.remove:
             lines += [f"add to train.py: {line.decode()}" for line in missing_lines(train.read_bytes())]
-            lines += [f"{sys.executable} -m pip install {' '.join(p)}" for p in [missing_packages()] if p]
+            fault = clip_fault(checkout)
+            packages = missing_packages(("open_clip_torch",) if fault else ())
+            lines += [f"{sys.executable} -m pip install {' '.join(packages)}"] if packages else []
     except (Refusal, OSError) as error:
         print(f"error: {checkout}: {error}", file=sys.stderr)
         return 2
+    status = 1 if args.check and lines else 0
+    if fault:
+        lines.append(f"open_clip will be used: {fault}")
     print("\n".join(lines) or f"{checkout}: complete")
-    return 1 if args.check and lines else 0
+    return status
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ absolute() {
     esac
 }
 
+ASKED_DATA=${DATA:-}
 DATA=$(absolute "${DATA:-$ROOT/data}")
 OUTPUT=$(absolute "${OUTPUT:-$ROOT/output}")
 FEATURES=${FEATURES-$OUTPUT/features.sqlite}
@@ -75,8 +76,20 @@ config() {
     esac
     CFG=${ASKED_CFG:-$CFG}
     need "configs/datasets/$1.yaml"
+    if [[ $1 != shapes* ]] && [ ! -d "$DATA" ]; then # the toy world is drawn
+        fail "DATA ${ASKED_DATA:-is not set, and $DATA}: no such folder; set DATA to the folder of the data sets"
+    fi
+    ours
     need "configs/trainers/$CFG_DIR/$CFG.yaml"
     case $BACKBONE/$CFG in tiny/* | */tiny*) need toy/tiny_clip.pt ;; esac # not in a CoOp code base
+}
+
+# ours: refuse a TRAINER that is no method of this plugin: it would train without writing results.json
+ours() {
+    local files names
+    files=$(grep -lE "^from \.prompting\b" trainers/*.py)
+    names=$(grep -hA1 "^@TRAINER_REGISTRY" $files | sed -n 's/^class \([A-Za-z0-9_]*\).*/\1/p' | tr '\n' ' ')
+    if [[ " $names" != *" $TRAINER "* ]]; then fail "TRAINER $TRAINER: the scripts run ${names% } here; use one of them"; fi
 }
 
 need() {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import inspect
+import importlib.util
 import json
 import os
 from types import ModuleType
@@ -186,16 +186,15 @@ def check_name(name: str) -> None:
 
 
 def import_provider(provider: str = "auto") -> ModuleType:
-    """The package that builds the model: ``clip`` (with ``clip.model.build_model``) or ``open_clip``.
+    """The package that builds the model: ``clip`` or ``open_clip``.
 
-    An unusable ``clip`` counts as absent: copies on PyPI fail to import on today's setuptools, an unrelated package has
-    the same name, and code bases derived from CoOp bundle copies that build other models.
+    A ``clip`` that cannot be imported counts as absent: copies on PyPI fail on today's setuptools, and an unrelated
+    package has the same name.
     """
     if provider in ("auto", "clip"):
         try:
             package = importlib.import_module("clip")
-            build = importlib.import_module("clip.model").build_model  # an unrelated `clip` fails here
-            inspect.signature(build).bind({})  # one with another signature (MaPLe) fails here
+            importlib.import_module("clip.model")  # an unrelated `clip` fails here
             importlib.import_module("clip.simple_tokenizer")
             return package
         except Exception as error:  # noqa: BLE001 (anything, from another package)
@@ -209,19 +208,39 @@ def import_provider(provider: str = "auto") -> ModuleType:
 
 
 def _from_state_dict(state_dict: dict[str, torch.Tensor], name: str, provider: str) -> Backbone:
-    if import_provider(provider).__name__ == "clip":
-        build, tokenizer = importlib.import_module("clip.model").build_model, "clip.simple_tokenizer"
-    else:
-        build = importlib.import_module("open_clip.model").build_model_from_openai_state_dict
-        tokenizer = "open_clip.tokenizer"
-    state_dict = {key: value.float() for key, value in state_dict.items()}
+    state_dict, package = {key: value.float() for key, value in state_dict.items()}, import_provider(provider)
+    if package.__name__ == "clip":
+        random = torch.get_rng_state()
+        try:
+            return _built("clip", "build_model", state_dict, name)
+        except Exception as error:  # noqa: BLE001 (code bases derived from CoOp bundle copies that build other models)
+            folder = os.path.dirname(str(package.__file__))
+            fault = f"the clip package in {folder} builds no plain CLIP ({_line(error)})"
+            if provider == "clip" or not importlib.util.find_spec("open_clip"):
+                raise UserError(f"{fault}: pip install open_clip_torch") from error
+        print(f"{fault}; open_clip builds it instead")
+        torch.set_rng_state(random)  # both packages draw the same numbers, as CoOp's own runs do
     try:
-        # Both builders infer the architecture from the shapes and cast to float16; loading again restores all digits.
-        model = build(dict(state_dict)).float()
-        model.load_state_dict(state_dict)
+        return _built("open_clip", "build_model_from_openai_state_dict", state_dict, name)
     except (KeyError, IndexError, AssertionError, ZeroDivisionError, RuntimeError) as error:
         raise _error(name, f"not a CLIP state dict in OpenAI's layout ({_line(error)})") from error
-    return Backbone(model, importlib.import_module(tokenizer).SimpleTokenizer(), name)
+
+
+def _built(package: str, build: str, state_dict: dict[str, torch.Tensor], name: str) -> Backbone:
+    """Build with one package; encode a blank image and a word to see that it is the CLIP that we know."""
+    # Both builders infer the architecture from the shapes and cast to float16; loading again restores all digits.
+    model = getattr(importlib.import_module(f"{package}.model"), build)(dict(state_dict)).float()
+    model.load_state_dict(state_dict)
+    tokenizer = importlib.import_module({"clip": "clip.simple_tokenizer"}.get(package, f"{package}.tokenizer"))
+    backbone = Backbone(model, tokenizer.SimpleTokenizer(), name)
+    word = torch.zeros(1, backbone.context_length, dtype=torch.long)
+    word[0, :2] = torch.tensor([backbone.sot_token, backbone.eot_token])
+    with torch.no_grad():
+        image = torch.zeros(1, 3, backbone.input_resolution, backbone.input_resolution)
+        found = [tuple(encode.shape) for encode in (backbone.encode_image(image), model.encode_text(word))]
+    if found != [(1, backbone.text_projection.shape[1])] * 2:
+        raise ValueError(f"an image and a text become {found[0]} and {found[1]}")
+    return backbone
 
 
 def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:

@@ -76,7 +76,9 @@ class _Typeface:
             self._sizes: dict[float, ImageFont.FreeTypeFont] = {}
             self.at(12)
         except Exception as error:  # noqa: BLE001 (files, FreeType and fontTools each raise their own errors)
-            remedy = "give a .ttf or .otf file" if path else "install fonttools, and Pillow with FreeType support"
+            remedy = "give a .ttf or .otf file" if path else "install Pillow with FreeType support"
+            if isinstance(error, ImportError) and "fontTools" in str(error):
+                remedy = "pip install fonttools"
             raise UserError(f"TRAINER.LOGOPROMPT.FONT {path or '(Pillow)'}: cannot read this font; {remedy}") from error
 
     def drawable(self, name: str) -> tuple[str, str]:
