@@ -95,7 +95,7 @@ def test_features_that_are_not_numbers_are_neither_fitted_nor_stored(tmp_path):
     bad = torch.tensor([[1.0, 2.0], [float("nan"), 1.0]])
     data = SimpleNamespace(train_x=[], val=[], test=[])
     with pytest.raises(UserError, match="bad.png: its features"):
-        FewShotFeatures(data, "X", lambda _: images, lambda _: bad).train_features()
+        FewShotFeatures(data, "X", lambda items, view: images, lambda _: bad).train_features()
     store = FeatureStore(str(tmp_path / "f"), b"encoder")
     store.put([b"good", b"bad"], bad)
     store.flush()
