@@ -58,6 +58,7 @@ class Backbone(nn.Module):
         visual: image encoder, (B, 3, H, H) normalised images -> (B, E) features.
         token_embedding, positional_embedding, blocks, ln_final, text_projection, n_head: the text encoder, which
             ``text_encoder.py`` runs on embeddings and on fewer than ``context_length`` positions.
+        n_features: E, size of the features; text_width: D, size of the text encoder's embeddings.
         logit_scale: log(1/tau), a scalar parameter.
         input_resolution: H, in pixels.
         pixel_mean, pixel_std: of RGB in [0, 1], as in its pre-training.
@@ -92,6 +93,7 @@ class Backbone(nn.Module):
         self.pixel_std = tuple(getattr(self.visual, "image_std", None) or PIXEL_STD)
         self.context_length = int(self.positional_embedding.shape[0])
         self.n_head = blocks[0].attn.num_heads
+        self.text_width, self.n_features = self.text_projection.shape
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.__class__ = LayerNorm  # the packages' own cast differently, and refuse float64
@@ -238,7 +240,7 @@ def _built(package: str, build: str, state_dict: dict[str, torch.Tensor], name: 
     with torch.no_grad():
         image = torch.zeros(1, 3, backbone.input_resolution, backbone.input_resolution)
         found = [tuple(encode.shape) for encode in (backbone.encode_image(image), model.encode_text(word))]
-    if found != [(1, backbone.text_projection.shape[1])] * 2:
+    if found != [(1, backbone.n_features)] * 2:
         raise ValueError(f"an image and a text become {found[0]} and {found[1]}")
     return backbone
 
