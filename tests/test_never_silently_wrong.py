@@ -136,6 +136,21 @@ def test_seed_0_is_a_seed(run):
     assert torch.equal(*(found.checkpoint(2)["state_dict"]["ctx"] for found in runs))
 
 
+def test_results_of_a_loaded_model_name_the_shots_and_seed_of_its_training(run, tmp_path):
+    trained = run("CoOp", out="train").results["run"]
+    run(
+        "CoOp",
+        "DATASET.NUM_SHOTS",
+        -1,
+        "SEED",
+        -1,
+        out="test",
+        flags=["--eval-only", "--model-dir", tmp_path / "train"],
+    )
+    found = json.loads((tmp_path / "test" / "results.json").read_text())["run"]
+    assert (found["shots"], found["seed"]) == (trained["shots"], trained["seed"]) == (4, 1)
+
+
 def test_other_settings_than_in_training_are_warned_of(run, tmp_path):
     run("CoOp", out="trained")
     flags = ["--eval-only", "--model-dir", tmp_path / "trained"]

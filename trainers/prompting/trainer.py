@@ -317,12 +317,13 @@ def write_run_results(trainer: PromptTrainer) -> None:
     """Write ``results.json`` and print the line that ends a run."""
     cfg, evaluation, saved = trainer.cfg, trainer.evaluation or Evaluation("", {}), trainer.checkpointer
     warnings = [*(saved.warnings if saved else []), *(trainer.sched.warnings if trainer.training else [])]
+    trained_with = saved.trained_with if saved else {}  # of a loaded model: its shots and seed, not the command's
     run = {
         "trainer": cfg.TRAINER.NAME,
         "dataset": cfg.DATASET.NAME,
         "subsample_classes": cfg.DATASET.get("SUBSAMPLE_CLASSES", "all"),
-        "shots": cfg.DATASET.NUM_SHOTS,
-        "seed": cfg.SEED,
+        "shots": trained_with.get("DATASET.NUM_SHOTS", cfg.DATASET.NUM_SHOTS),
+        "seed": trained_with.get("SEED", cfg.SEED),
         "backbone": cfg.MODEL.BACKBONE.NAME,
         "trained": trainer.training,
         "epochs": trainer.epoch + 1 if saved else 0,
