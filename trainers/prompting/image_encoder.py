@@ -10,9 +10,12 @@ import torch
 import torch.nn as nn
 
 from .backbone import Backbone
+from .config import only
 from .errors import UserError
 
 Tokens = Callable[[int, torch.Tensor], Optional[torch.Tensor]]
+# Rule of the methods that add tokens, for ``config.violations``.
+NOT_COMPILED = {"TRAIN.COMPILE": only(False, "a compiled image encoder would not see the tokens that the method adds")}
 
 
 def vision_blocks(backbone: Backbone, trainer: str) -> nn.ModuleList:
@@ -29,13 +32,24 @@ def vision_width(backbone: Backbone) -> int:
     return backbone.visual.class_embedding.shape[-1]
 
 
-def encode_with_tokens(backbone: Backbone, pixels: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+class VisualTokens(nn.Module):
+    """The learned tokens ``ctx``, (layers, n, D), drawn from N(0, 0.02²); float32 whatever the encoder's precision."""
+
+    def __init__(self, backbone: Backbone, layers: int, n_ctx: int) -> None:
+        super().__init__()
+        self.ctx = nn.Parameter(nn.init.normal_(torch.empty(layers, n_ctx, vision_width(backbone)), std=0.02))
+
+
+def encode_with_tokens(backbone: Backbone, pixels: torch.Tensor, tokens: Tokens, keep: bool = False) -> torch.Tensor:
     """(B, 3, H, H) -> (B, E) features as the encoder returns them, with a graph.
 
     ``tokens(i, x)`` receives the input of block i, (B, 1 + N, D) [CLS] and patches, and returns (n, D) or (B, n, D)
-    tokens to append, which are dropped behind the block, or None.
+    tokens to append, which are dropped behind the block, or None. With ``keep`` they stay in the sequence, and in the
+    inputs that ``tokens`` receives, up to the last block.
     """
     transformer = backbone.visual.transformer
+    last = len(transformer.resblocks) - 1
+    n_own: list[int] = []  # number of tokens of the encoder itself
     length = 1 if getattr(transformer, "batch_first", False) else 0  # dimension of the tokens; OpenAI's: the first
 
     def swap(x: torch.Tensor) -> torch.Tensor:
@@ -43,19 +57,19 @@ def encode_with_tokens(backbone: Backbone, pixels: torch.Tensor, tokens: Tokens)
 
     with ExitStack() as stack:
         for i, block in enumerate(transformer.resblocks):
-            kept: list[int] = []  # number of tokens to keep behind this block
 
-            def append(_, inputs, i=i, kept=kept):  # noqa: ANN001, ANN202 (torch's hook)
+            def append(_, inputs, i=i):  # noqa: ANN001, ANN202 (torch's hook)
                 x = swap(inputs[0])
+                n_own[:] = n_own or [x.shape[1]]
                 if (more := tokens(i, x)) is None:
                     return None
-                kept[:] = [x.shape[1]]
                 more = more.to(x.dtype).expand(len(x), -1, -1)
                 return (swap(torch.cat([x, more], dim=1)), *inputs[1:])
 
-            def drop(_, inputs, output, kept=kept):  # noqa: ANN001, ANN202
-                return output.narrow(length, 0, kept.pop()) if kept else output
+            def drop(_, inputs, output):  # noqa: ANN001, ANN202
+                return output.narrow(length, 0, n_own[0])
 
             stack.callback(block.register_forward_pre_hook(append).remove)
-            stack.callback(block.register_forward_hook(drop).remove)
+            if not keep or i == last:
+                stack.callback(block.register_forward_hook(drop).remove)
         return backbone.encode_image(pixels)
