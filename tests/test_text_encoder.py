@@ -88,6 +88,10 @@ def test_features_equal_encode_text_of_the_package(rn_file):
     with torch.no_grad():
         theirs = model.encode_text(tokenize(texts))
     torch.testing.assert_close(ours, theirs / theirs.norm(dim=-1, keepdim=True), atol=1e-5, rtol=1e-5)
+    backbone = load_clip(rn_file)
+    with torch.no_grad():
+        raw = TextEncoder(backbone, unit_length=False)(*embed_tokens(backbone, encode_tokens(backbone, texts)))
+    torch.testing.assert_close(raw, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("position, csc", [("end", False), ("end", True), ("middle", False), ("front", True)])

@@ -57,11 +57,12 @@ class TextEncoder(nn.Module):
     Args:
         chunk: classes encoded at a time. Activations are then held for one chunk and recomputed in the backward pass:
             memory hardly grows with C, but a pass takes at least half as long again. 0: all classes at once.
+        unit_length: whether features are scaled to unit length.
     """
 
-    def __init__(self, backbone: Backbone, chunk: int = 0) -> None:
+    def __init__(self, backbone: Backbone, chunk: int = 0, unit_length: bool = True) -> None:
         super().__init__()
-        self.backbone, self.chunk = backbone, chunk
+        self.backbone, self.chunk, self.unit_length = backbone, chunk, unit_length
 
     def forward(self, prompts: Tensor, eot: Tensor, prefix: Optional[Tensor] = None) -> Tensor:
         """Encode prompts up to their end-of-text tokens.
@@ -73,7 +74,7 @@ class TextEncoder(nn.Module):
             prefix: (P, D) or (B, P, D) embeddings beginning with [SOS] that every prompt starts with; B of them make B
                 prompts of every class (CoCoOp: one prefix per image). Each is encoded once, whatever C is.
 
-        Returns (C, E) text features of unit length, (B, C, E) for B prefixes.
+        Returns (C, E) text features, (B, C, E) for B prefixes, of unit length unless ``unit_length`` is False.
         """
         before = None if prefix is None else self._keys_and_values(prefix if prefix.dim() == 3 else prefix.unsqueeze(0))
         last, size = eot.tolist(), self.chunk or len(eot)
@@ -96,7 +97,8 @@ class TextEncoder(nn.Module):
         for block, keys_and_values in zip(clip.blocks, before or [None] * len(clip.blocks)):
             x, _, _ = self._block(block, x, keys_and_values)
         x = clip.ln_final(x[..., torch.arange(len(members)), last, :])
-        return F.normalize(x.to(clip.dtype) @ clip.text_projection, dim=-1)
+        features = x.to(clip.dtype) @ clip.text_projection
+        return F.normalize(features, dim=-1) if self.unit_length else features
 
     def _keys_and_values(self, prefix: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(B, P, D) embeddings -> keys and values of every layer, (B, heads, P, d) each."""
