@@ -18,13 +18,13 @@ STAGES = ((4, 0.02), (0, 9.0), (6, 0.3))  # epochs, learning rate
 OWN = 5.0  # rate of a parameter that has its own
 
 
-def closed_form(epoch, own=None):
-    """Dassl's constant warm-up for an epoch, then the cosine over the stage's epochs."""
+def closed_form(epoch, own=None, warmup=1):
+    """Dassl's constant warm-up, for an epoch, then the cosine over the stage's epochs."""
     first = 0
     for epochs, lr in STAGES:
         if epoch < first + epochs:
             n, lr = epoch - first, own or lr
-            return 1e-5 if n == 0 else lr * (1 + math.cos(math.pi * (n - 1) / epochs)) / 2
+            return 1e-5 if n < warmup else lr * (1 + math.cos(math.pi * (n - warmup) / epochs)) / 2
         first += epochs
 
 
@@ -35,8 +35,8 @@ def schedule():
     def build():
         cfg = get_cfg_default().OPTIM
         cfg.LR_SCHEDULER, cfg.WARMUP_EPOCH, cfg.WARMUP_TYPE, cfg.WARMUP_CONS_LR = "cosine", 1, "constant", 1e-5
-        one, other = (nn.Parameter(torch.zeros(1)) for _ in range(2))
-        optim = torch.optim.SGD([{"params": [one]}, {"params": [other], "own_lr": OWN}], lr=1.0)
+        options = {}, {"own_lr": OWN}, {"own_lr": OWN, "warmup_epoch": 3}
+        optim = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], **own} for own in options], lr=1.0)
         events, data = [], object()
 
         def note(*event):
@@ -48,8 +48,13 @@ def schedule():
     return build
 
 
+def expected_rates(epochs):
+    """Learning rates of the three parameters in some epochs."""
+    return [[closed_form(epoch), closed_form(epoch, OWN), closed_form(epoch, OWN, warmup=3)] for epoch in epochs]
+
+
 def follow(sched, optim, epochs):
-    """Learning rates of both parameters in some epochs."""
+    """The same of a schedule."""
     rates = []
     for epoch in epochs:
         sched.before_epoch(epoch)
@@ -63,8 +68,7 @@ def follow(sched, optim, epochs):
 def test_every_stage_follows_its_own_cosine(schedule):
     sched, optim, events = schedule()
     rates = follow(sched, optim, range(10))
-    expected = [[closed_form(epoch), closed_form(epoch, OWN)] for epoch in range(10)]
-    torch.testing.assert_close(torch.tensor(rates), torch.tensor(expected))
+    torch.testing.assert_close(torch.tensor(rates), torch.tensor(expected_rates(range(10))))
     assert events == [(event, i, True) for i in (0, 2) for event in ("begin", "end")]  # the empty stage is skipped
 
 
@@ -74,8 +78,7 @@ def test_resumed_schedule_continues_the_closed_form(schedule, done, remaining):
     sched, optim, events = schedule()
     sched.resume(done)
     rates = follow(sched, optim, range(done, 10))
-    expected = [[closed_form(epoch), closed_form(epoch, OWN)] for epoch in range(done, 10)]
-    torch.testing.assert_close(torch.tensor(rates), torch.tensor(expected))
+    torch.testing.assert_close(torch.tensor(rates), torch.tensor(expected_rates(range(done, 10))))
     every = [(event, i, True) for i in (0, 2) for event in ("begin", "end")]
     assert events == every[-remaining:]
 

@@ -28,7 +28,7 @@ class ShiftedMethod(Method):
         super().__init__(cfg, classnames, backbone)
         self.learned = nn.ParameterDict({"shift": nn.Parameter(torch.zeros(len(classnames)))})
         self.learned.per_class = ("shift",)
-        self.events = []
+        self.events, self.epochs = [], []
 
     def text_features(self):
         return encode_texts(self.backbone, self.classnames)
@@ -46,6 +46,9 @@ class ShiftedMethod(Method):
             return lambda data: self.events.append((name, tuple(data.train_features()[0].shape)))
 
         return [Stage(1, 0.1, note("begin 1")), Stage(3, 0.2, note("begin 2"), note("end 2"))]
+
+    def before_epoch(self, epoch):
+        self.epochs.append(epoch)
 
     def after_step(self):
         self.events.append("step")
@@ -76,6 +79,7 @@ def test_made_up_method_trains_and_evaluates(run):
     features = (16, 24)  # 4 shots of 4 classes
     steps = ["step"] * 2
     assert model.events == [("begin 1", features), *steps, ("begin 2", features), *steps * 3, ("end 2", features)]
+    assert model.epochs == [0, 1, 2, 3]
     assert torch.equal(checkpoint["state_dict"]["shift"], model.learned["shift"].detach())
     assert model.learned["shift"].abs().min() > 0 and CfgNode.load_cfg(checkpoint["config"]).TRAINER.SHIFTED.DECAY
     assert done.results["metrics"]["accuracy"] >= 0 and done.results["observed"] == {}
@@ -93,6 +97,7 @@ def test_made_up_method_resumes_and_meets_other_classes(run):
         run(prepare=interrupt(2))
     resumed = run()
     assert differences(unbroken.outcome, resumed.outcome) == [] and resumed.trainer.start_epoch == 2
+    assert resumed.trainer.model.epochs == [2, 3]
     shift = resumed.checkpoint(4)["state_dict"]["shift"]
     evaluated = run("DATASET.SUBSAMPLE_CLASSES", "all", flags=["--eval-only", "--model-dir", resumed.folder], out="all")
     assert torch.equal(evaluated.trainer.model.learned["shift"], torch.cat([shift, torch.zeros(4)]))

@@ -30,7 +30,7 @@ class StageSchedule:
     optim_cfg: CfgNode  # a stage overrides its epochs and learning rate
     build: Callable[[torch.optim.Optimizer, CfgNode], Any]  # makes a torch scheduler
     data: TrainingData  # handed to the stages
-    scheduler: Any = None  # of the current stage
+    schedulers: Sequence[Any] = ()  # of the current stage, one for every warm-up
 
     def __post_init__(self) -> None:
         ends = accumulate(stage.epochs for stage in self.stages)
@@ -59,23 +59,36 @@ class StageSchedule:
 
     def step(self) -> None:
         """Set the learning rate of the next epoch."""
-        self.scheduler.step()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # of steps without an optimizer's
+            for scheduler in self.schedulers:
+                scheduler.step()
 
     def resume(self, epochs_done: int) -> None:
         """Restore the schedule after a number of epochs; it is a function of the epoch, so it has no state on disk."""
         first = max((first for first in self._by_first_epoch if first <= epochs_done), default=None)
         if first is not None:
             self._start(self._by_first_epoch[first])
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # these belong to no optimizer step
-                for _ in range(epochs_done - first):
-                    self.scheduler.step()
+            for _ in range(epochs_done - first):
+                self.step()
 
     def _start(self, stage: Stage) -> None:
+        by_warmup: dict[int, list[dict[str, Any]]] = {}
         for group in self.optim.param_groups:
             group["lr"] = group["initial_lr"] = group.get("own_lr", stage.lr)
-        cfg = CfgNode({**self.optim_cfg, "MAX_EPOCH": stage.epochs, "LR": stage.lr})
-        self.scheduler = self.build(self.optim, cfg)
+            by_warmup.setdefault(group.get("warmup_epoch", self.optim_cfg.WARMUP_EPOCH), []).append(group)
+        cfg = {**self.optim_cfg, "MAX_EPOCH": stage.epochs, "LR": stage.lr}
+        self.schedulers = [
+            self.build(_Part(groups) if len(by_warmup) > 1 else self.optim, CfgNode({**cfg, "WARMUP_EPOCH": warmup}))
+            for warmup, groups in by_warmup.items()
+        ]
+
+
+class _Part(torch.optim.Optimizer):
+    """Some groups of an optimizer, whose dictionaries it shares, so that they can have a scheduler of their own."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {})
 
 
 class FiniteGuard:

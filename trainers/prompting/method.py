@@ -133,6 +133,9 @@ class Method(nn.Module):
         """Compute gradients; ``scale`` multiplies a loss by the scale of mixed precision."""
         scale(step.total).backward()
 
+    def before_epoch(self, epoch: int) -> None:
+        """Called before every epoch, counted from 0, of a resumed run too."""
+
     def after_step(self) -> None:
         """Called after every step of the optimizer."""
 
@@ -143,7 +146,8 @@ class Method(nn.Module):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters with optimizer options of their own, as torch's groups (``params``, ``lr``, ``weight_decay``, …).
 
-        The schedule of ``OPTIM`` scales an ``lr`` too. All other parameters learn with the options of ``OPTIM``.
+        The schedule of ``OPTIM`` scales an ``lr`` too; ``warmup_epoch`` replaces its ``WARMUP_EPOCH``. All other
+        parameters learn with the options of ``OPTIM``.
         """
         return []
 

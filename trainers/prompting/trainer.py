@@ -128,6 +128,7 @@ class PromptTrainer(TrainerX):
         if isinstance(data := self.train_loader_x.dataset, ImageDataset):
             data.epoch.fill_(self.epoch)
         self.sched.before_epoch(self.epoch)
+        self.model.before_epoch(self.epoch)
         self.timer.before_epoch()
 
     def run_epoch(self) -> None:
