@@ -83,9 +83,11 @@ class CacheAdapter(nn.Module):
 
         Takes (N, E) features of unit length and (N, C) logits without the cache; prints what was chosen.
         """
-        affinity, accuracy = self.affinity(image_features), {}
+        affinity, accuracy, of_beta = self.affinity(image_features), {}, {}
         for alpha, beta in grid:
-            scores = logits + self.cache_logits(affinity, torch.tensor(alpha), torch.tensor(beta))
+            if beta not in of_beta:  # the costly part; pairs with the same beta are best neighbours
+                of_beta = {beta: self.cache_logits(affinity, torch.tensor(1.0), torch.tensor(beta))}
+            scores = logits + torch.tensor(alpha) * of_beta[beta]
             accuracy[alpha, beta] = 100 * (scores.argmax(dim=1) == label).float().mean().item()
         alpha, beta = best = max(accuracy, key=accuracy.get)
         self.alpha.fill_(alpha)
