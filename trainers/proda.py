@@ -85,9 +85,8 @@ class CustomCLIP(Method):
         options = cfg.TRAINER.PRODA
         batch = options.N_BATCH <= options.N_PROMPT, "must be at most N_PROMPT, the size of the collection"
         divisor = options.N_BATCH > options.CORRECTION, "needs an N_BATCH of at least 2"
-        return super().config_errors(cfg) + unmet(
-            "TRAINER.PRODA.", options, [("N_BATCH", *batch), ("CORRECTION", *divisor)]
-        )
+        conditions = [("N_BATCH", *batch), ("CORRECTION", *divisor)]
+        return super().config_errors(cfg) or unmet("TRAINER.PRODA.", options, conditions)
 
     def classifiers(self, prompts: Sequence[int]) -> torch.Tensor:
         """w_c(P_k) of some prompts of the collection, by their numbers: (n, C, E), of unit length."""

@@ -63,7 +63,7 @@ class CustomCLIP(LearnedContext):
     def config_errors(cls, cfg: CfgNode) -> list[str]:
         options = cfg.TRAINER.PROGRAD
         padded = [("CTX_PAD", not options.CTX_PAD or bool(options.CTX_INIT), "needs words in CTX_INIT to pad")]
-        return super().config_errors(cfg) + unmet("TRAINER.PROGRAD.", options, padded)
+        return super().config_errors(cfg) or unmet("TRAINER.PROGRAD.", options, padded)
 
     def loss(self, images: ImageBatch, label: torch.Tensor) -> Step:
         """Cross-entropy; the KL term is logged, and :meth:`backward` takes its gradient from there."""
