@@ -33,7 +33,7 @@ class CustomCLIP(ZeroshotMethod):
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], backbone: Backbone) -> None:
         super().__init__(cfg, classnames, backbone)
-        size = backbone.text_projection.shape[1]
+        size = backbone.n_features
         bottleneck = max(1, size // self.options.REDUCTION)
         down, up = nn.Linear(size, bottleneck, bias=False), nn.Linear(bottleneck, size, bias=False)
         self.learned = nn.ModuleDict({"fc": nn.Sequential(down, nn.ReLU(), up, nn.ReLU())})

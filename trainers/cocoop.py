@@ -36,8 +36,7 @@ class ConditionalPromptLearner(PromptLearner):
 
     def __init__(self, backbone: Backbone, classnames: Sequence[str], n_ctx: int = 16, ctx_init: str = "") -> None:
         super().__init__(backbone, classnames, n_ctx, ctx_init)
-        width, n_features = backbone.text_projection.shape
-        self.meta_net = meta_net(n_features, width).to(self.ctx.dtype)
+        self.meta_net = meta_net(backbone.n_features, backbone.text_width).to(self.ctx.dtype)
 
     def forward(self, image_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, E) image features of unit length -> arguments of :class:`TextEncoder` for B prompts of every class."""

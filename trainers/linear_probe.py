@@ -80,7 +80,7 @@ class LinearMethod(Method):
         super().__init__(cfg, classnames, backbone)
         if len(classnames) < 2:
             raise UserError(f"{cfg.DATASET.NAME} has one class: a linear probe needs at least two")
-        self.learned = LinearClassifier(backbone.text_projection.shape[1], len(classnames))
+        self.learned = LinearClassifier(backbone.n_features, len(classnames))
 
     @classmethod
     def validation(cls, cfg: CfgNode) -> Optional[tuple[str, str]]:

@@ -91,7 +91,7 @@ class CustomCLIP(Method):
         if options.TUNE_VISUAL:
             self.learned.visual_prompts = VisualPrompts(blocks)
         if options.ADAPTER:  # Table 2
-            shape = backbone.text_projection.shape[1], len(classnames)
+            shape = backbone.n_features, len(classnames)
             self.learned.adapter = CacheAdapter(*shape, options.ADAPTER_ALPHA, options.ADAPTER_BETA)
 
     # ------------------------------------------------------------------------------- 3.1 CLIP and text prompts
