@@ -13,7 +13,9 @@ SIZE = 64  # of their images
 TEXT = {"width": 64, "heads": 2, "layers": 2, "vocab_size": 49408, "hf_tokenizer_name": None}
 VIT = {"image_size": SIZE, "patch_size": 16, "width": 64, "head_width": 32, "layers": 2}
 IMAGE = {"patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2}
-VITAMIN = VitCfg((16, 32, 64), (1, 1, 1), 16, conv_cfg=VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6), head_type="1d")
+VITAMIN = VitCfg(
+    (16, 32, 64), (1, 1, 1), 16, conv_cfg=VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6), head_type="1d"
+)
 # Family: architecture; whether its text tower is on the fast path; what shrinks its image tower (timm: arguments of the
 # model, None: it is one of open_clip's), and what its text config needs to go with a tokenizer that is here.
 FAMILIES = {
@@ -25,7 +27,7 @@ FAMILIES = {
     "MobileCLIP": ("MobileCLIP-B", True, {"depth": 1, "img_size": SIZE}, {}),
     "MobileCLIP2": ("MobileCLIP2-S0", False, {"layers": (1, 1, 1, 1), "embed_dims": (16, 32, 32, 64)}, {}),
     "PE-Core": ("PE-Core-T-16-384", True, {**IMAGE, "img_size": SIZE}, {}),
-    "ViTamin": ("ViTamin-S", True, {"embed_dim": 64, "depth": 1, "num_heads": 2, "embed_cfg": VITAMIN, "img_size": SIZE}, {}),
+    "ViTamin": ("ViTamin-S", True, {"embed_dim": 64, "num_heads": 2, "embed_cfg": VITAMIN, "img_size": SIZE}, {}),
     "CoCa": ("coca_ViT-B-32", False, None, {}),
     "SigLIP": ("ViT-B-16-SigLIP", False, {**IMAGE, "img_size": SIZE}, {}),
     "SigLIP-i18n": ("ViT-SO400M-16-SigLIP-i18n-256", False, {**IMAGE, "img_size": SIZE}, {}),

@@ -2,23 +2,28 @@
 
 import copy
 import functools
+import json
 import math
+import shutil
 
 import families
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from backbones import NEEDS_TRANSFORMERS, built, stand_in
 from conftest import ROOT, interrupt, start
+from dassl.config import get_cfg_default
 from families import FAMILIES, SIZE, save_small
 from helpers import one_line
+from safetensors.torch import load_file, save_file
 
+import trainers
+from backbones import built
 from datasets import shapes
 from trainers.predictor import Predictor
 from trainers.prompting import trainer as trainer_module
 from trainers.prompting.backbone import load_clip, preprocessing
-from trainers.prompting.clip_model import Backbone
+from trainers.prompting.clip_model import PIXEL_MEAN, PIXEL_STD, Backbone
 from trainers.prompting.prompts import PromptLearner
 from trainers.prompting.text_encoder import TextEncoder, encode_texts
 
@@ -40,28 +45,41 @@ def loaded(tmp_path_factory):
     return load
 
 
+class OtherTokenizer:
+    """In place of those that need transformers: words, [EOT] and padding."""
+
+    def __init__(self, context_length):
+        self.context_length = context_length
+
+    def __call__(self, texts, context_length):
+        ids = [[2 + len(word) for word in text.split()] for text in texts]
+        return torch.tensor([(row + [1] + context_length * [0])[:context_length] for row in ids])
+
+
 every_family = pytest.mark.parametrize("family", FAMILIES)
 PLAIN = [family for family, (_, causal, _, _) in FAMILIES.items() if not causal]
 
 
 def test_every_architecture_is_accepted_on_the_meta_device():
-    accepted, causal, refused = 0, 0, set()
+    accepted, causal, refused, simple = [], [], [], open_clip.SimpleTokenizer()
     for arch in open_clip.list_models():
-        if (model := built(arch)) is None:
-            refused.add(arch)
-            continue
-        backbone = Backbone(model, stand_in(arch), arch)
         config = open_clip.get_model_config(arch)
         text, size = config["text_cfg"], config["vision_cfg"]["image_size"]
-        accepted, causal = accepted + 1, causal + backbone.causal_text
+        length = text.get("context_length", 77)
+        try:
+            model = built(arch)
+        except RuntimeError as error:
+            assert "hf_model_name" in text and "pip install transformers" in str(error)
+            refused.append(arch)
+            continue
+        backbone = Backbone(model, OtherTokenizer(length) if "hf_tokenizer_name" in text else simple, arch)
+        accepted.append(arch)
         assert (backbone.n_features, backbone.text_width) == (config["embed_dim"], text["width"]), arch
-        assert (backbone.context_length, backbone.input_resolution) == (text.get("context_length", 77), size), arch
-        plain = text.get("no_causal_mask") or text.get("embed_cls")
-        assert backbone.causal_text != bool(plain), arch
-    texts = {arch: open_clip.get_model_config(arch)["text_cfg"] for arch in open_clip.list_models()}
-    assert refused <= {arch for arch, text in texts.items() if "hf_model_name" in text}
-    if open_clip.__version__.startswith("3.3.") and not NEEDS_TRANSFORMERS:
-        assert (accepted, causal, len(refused)) == (134, 92, 10)
+        assert (backbone.context_length, backbone.input_resolution) == (length, size), arch
+        assert backbone.causal_text != bool(text.get("no_causal_mask") or text.get("embed_cls")), arch
+        causal += [arch] * backbone.causal_text
+    if open_clip.__version__.startswith("3.3."):
+        assert (len(accepted), len(causal), len(refused)) == (134, 92, 10)
 
 
 @every_family
@@ -143,7 +161,10 @@ def test_methods_train_evaluate_resume_and_predict(loaded, data, family, tmp_pat
         return [
             *("--root", str(data), "--seed", "1", "--trainer", trainer, "--output-dir", str(tmp_path / out)),
             *("--dataset-config-file", str(ROOT / "configs/datasets/shapes.yaml"), "--backbone", name),
-            *("--config-file", str(ROOT / f"configs/trainers/{trainer if trainer in TRAINERS else 'CoOp'}/{config}.yaml")),
+            *(
+                "--config-file",
+                str(ROOT / f"configs/trainers/{trainer if trainer in TRAINERS else 'CoOp'}/{config}.yaml"),
+            ),
             *(*flags, "INPUT.SIZE", f"({SIZE}, {SIZE})", "INPUT.PIXEL_MEAN", str(list(backbone.pixel_mean))),
             *("INPUT.PIXEL_STD", str(list(backbone.pixel_std)), "DATASET.NUM_SHOTS", "1", "OPTIM.MAX_EPOCH", "2"),
             *("DATASET.SUBSAMPLE_CLASSES", "base", "DATALOADER.TRAIN_X.BATCH_SIZE", "8"),
@@ -165,3 +186,116 @@ def test_methods_train_evaluate_resume_and_predict(loaded, data, family, tmp_pat
         assert [predictor.classnames.index(p.classes[0]) for p in found] == list(predictions.values())[:2]
     zero_shot = start(argv("ZeroshotCLIP", "zero", ["--eval-only"]))
     assert zero_shot.status == 0 and math.isfinite(zero_shot.results["metrics"]["accuracy"])
+
+
+# ------------------------------------------------------------------------------------------------- names and files
+
+
+@pytest.fixture
+def folder(loaded, tmp_path):
+    """A copy of a small SigLIP's folder."""
+    copied = tmp_path / "siglip"
+    shutil.copytree(loaded("SigLIP")[0].removeprefix("local-dir:"), copied)
+    return copied
+
+
+def edit_config(folder, **changes):
+    path = folder / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    for key, value in changes.items():
+        config["model_cfg"]["text_cfg"][key] = value
+    path.write_text(json.dumps(config))
+
+
+def test_architecture_with_weights_of_one_s_own(loaded, monkeypatch, tmp_path, capsys):
+    """Its file as safetensors or as a pickle; normalisation as in the config next to it, else as published."""
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small", families.small_config("quickgelu"))
+    name, model, _, expected = loaded("quickgelu")
+    pickled = tmp_path / "epoch_3.pt"
+    torch.save({"epoch": 3, "state_dict": model.state_dict()}, pickled)
+    for weights in (str(pickled), f"{name.removeprefix('local-dir:')}/open_clip_model.safetensors"):
+        backbone = load_clip("small", weights=weights)
+        assert torch.equal(encode_texts(backbone, ["moth"]), encode_texts(expected, ["moth"]))
+        assert "Activation: QuickGELU (open_clip's config of small)" in capsys.readouterr().out
+    assert backbone.pixel_mean == expected.pixel_mean == (0.4, 0.4, 0.4)
+    assert preprocessing("ViT-B-16-SigLIP", str(pickled))["PIXEL_MEAN"] == (0.5, 0.5, 0.5)
+    assert preprocessing("RN50x4") == {"SIZE": (288, 288), "PIXEL_MEAN": PIXEL_MEAN, "PIXEL_STD": PIXEL_STD}
+    assert "small without a tag" in one_line(lambda: load_clip("small/laion", weights=str(pickled)))
+    assert "weights of its own" in one_line(lambda: load_clip("ViT-B/16", weights=str(pickled)))
+    assert "MODEL.BACKBONE.WEIGHTS none.pt: no such file" in one_line(lambda: load_clip("small", weights="none.pt"))
+    assert "cannot load it" in one_line(lambda: load_clip("ViT-M-32", weights=str(pickled)))
+    assert "or give a file, MODEL.BACKBONE.WEIGHTS" in one_line(lambda: load_clip("small"))
+
+
+def test_folders_that_are_not_models_are_refused(folder, tmp_path):
+    def fault():
+        return one_line(lambda: load_clip(f"local-dir:{folder}"))
+
+    assert "no open_clip_config.json in this folder" in one_line(lambda: load_clip(f"local-dir:{tmp_path}"))
+    assert f"write local-dir:{folder}" in one_line(lambda: load_clip(str(folder)))
+    weights = folder / "open_clip_model.safetensors"
+    state = load_file(weights)
+    save_file({**state, "logit_scale": torch.tensor(math.nan)}, weights)
+    assert "logit_scale is not finite" in fault()
+    weights.unlink()
+    assert "cannot load it" in fault()
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(folder / "model.bin"))
+    assert "a TorchScript or tar archive" in fault()
+    torch.save({**state, "more": math}, folder / "model.bin")
+    assert "cannot load it" in fault()
+    (folder / "open_clip_config.json").write_text("{}")
+    assert "not a config of open_clip" in fault()
+
+
+def test_what_needs_transformers_or_the_hub_says_so(folder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    edit_config(folder, hf_tokenizer_name="timm/ViT-B-16-SigLIP")
+    for name, part, near in (
+        (f"local-dir:{folder}", "tokenizer (timm/ViT-B-16-SigLIP)", ""),
+        ("ViT-B-16-SigLIP/webli", "tokenizer (timm/ViT-B-16-SigLIP)", "ViT-B-16"),
+        ("roberta-ViT-B-32/laion2b_s12b_b32k", "text tower (roberta-base)", "ViT-B-32"),
+    ):
+        message = one_line(lambda n=name: load_clip(n))
+        assert f"its {part} needs transformers: pip install transformers" in message and near in message
+    monkeypatch.undo()
+
+    def offline(*args, **kwargs):
+        raise FileNotFoundError("no route to host")
+
+    monkeypatch.setattr(open_clip, "download_pretrained_from_hf", offline)
+    message = one_line(lambda: load_clip("hf-hub:timm/ViT-B-16-SigLIP"))
+    assert "no route to host" in message and "give local-dir:FOLDER" in message
+    edit_config(folder, hf_tokenizer_name="")
+    monkeypatch.setattr(open_clip, "get_tokenizer", offline)
+    assert "files of its tokenizer" in one_line(lambda: load_clip(f"local-dir:{folder}"))
+
+
+def test_preprocessing_is_the_backbone_s(loaded):
+    """Dassl's defaults give way; other values that differ are an error with both."""
+    cfg = get_cfg_default()
+    trainers.extend_cfg(cfg)
+    cfg.MODEL.BACKBONE.NAME = loaded("SigLIP")[0]
+    cfg.freeze()
+    trainer_module.adopt_preprocessing(cfg)
+    assert cfg.is_frozen() and tuple(cfg.INPUT.SIZE) == (SIZE, SIZE)
+    assert tuple(cfg.INPUT.PIXEL_MEAN) == (0.5, 0.5, 0.5) and tuple(cfg.INPUT.PIXEL_STD) == (0.25, 0.25, 0.25)
+    cfg.defrost()
+    cfg.INPUT.TRANSFORMS = ("normalize",)
+    trainer_module.load_backbone(cfg, "fp32", torch.device("cpu"))
+    for key, value in (("SIZE", (96, 96)), ("PIXEL_MEAN", list(PIXEL_MEAN)), ("PIXEL_STD", list(PIXEL_STD))):
+        changed = cfg.clone()
+        changed.INPUT[key] = value
+        trainer_module.adopt_preprocessing(changed)
+        message = one_line(lambda c=changed: trainer_module.load_backbone(c, "fp32", torch.device("cpu")))
+        assert f"INPUT.{key} {tuple(value)}" in message and str(tuple(cfg.INPUT[key])) in message
+
+
+@pytest.mark.parametrize("family", ["CoCa", "ConvNeXt", "SigLIP", "ViTamin", "EVA02"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_differs_by_rounding_only(loaded, family, dtype):
+    full, images = loaded(family)[3], torch.randn(2, 3, SIZE, SIZE)
+    half = copy.deepcopy(full).cast_weights(dtype)
+    for cast, exact in zip((half.encode_image(images), encode_texts(half, NAMES)),
+                           (full.encode_image(images), encode_texts(full, NAMES))):  # fmt: skip
+        assert F.cosine_similarity(cast.float(), exact).min() > 0.995

@@ -153,7 +153,7 @@ def _from_state_dict(state_dict: dict[str, torch.Tensor], name: str, provider: s
         torch.set_rng_state(random)  # both packages draw the same numbers, as CoOp's own runs do
     try:
         return _built("open_clip", "build_model_from_openai_state_dict", state_dict, name)
-    except (KeyError, IndexError, AssertionError, ZeroDivisionError, RuntimeError) as error:
+    except (KeyError, IndexError, AssertionError, ZeroDivisionError, RuntimeError, ValueError) as error:
         raise name_error(name, f"not a CLIP state dict in OpenAI's layout ({on_one_line(error)})") from error
 
 
