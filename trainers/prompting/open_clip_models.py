@@ -8,7 +8,7 @@ import json
 import os
 from difflib import get_close_matches
 from glob import escape, glob
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn as nn
@@ -47,8 +47,8 @@ def config_of(name: str, weights: str = "") -> dict[str, Any]:
         raise name_error(name, f"no {CONFIG} in this folder; put the model's there, next to its weights")
     if name.startswith(HUB):
         try:
-            return read_config(os.path.dirname(open_clip.download_pretrained_from_hf(name[len(HUB) :], CONFIG)))
-        except OSError as error:
+            return read_config(os.path.dirname(_download(name, CONFIG)))
+        except (OSError, RuntimeError) as error:
             remedy = f"put its {CONFIG} and weights into a folder and give {FOLDER}FOLDER"
             raise name_error(name, f"cannot be downloaded ({on_one_line(error)}); {remedy}") from error
     if weights and (config := read_config(os.path.dirname(weights))):
@@ -80,23 +80,22 @@ def check_model(name: str, weights: str, others: str) -> None:
             raise name_error(name, f"with MODEL.BACKBONE.WEIGHTS give {arch} without a tag")
         if not weights and tag not in tags:
             raise name_error(name, f"open_clip's tags for {arch} are {known}; or give a file, MODEL.BACKBONE.WEIGHTS")
-    text = config_of(name, weights)["model_cfg"].get("text_cfg", {})
+    model = config_of(name, weights)["model_cfg"]
+    text = model.get("text_cfg", {})
     from_hub = text.get("hf_model_name") or text.get("hf_tokenizer_name")
     if from_hub and not importlib.util.find_spec("transformers"):
         part = "text tower" if text.get("hf_model_name") else "tokenizer"
-        remedy = f"pip install transformers sentencepiece; {nearest(arch)} works without"
+        remedy = f"pip install transformers sentencepiece; {nearest(arch, model['vision_cfg'])} works without"
         raise name_error(name, f"its {part} ({from_hub}) needs transformers: {remedy}")
 
 
-def nearest(arch: str) -> str:
-    """The architecture of the most similar name whose text tower and tokenizer come with open_clip."""
+def nearest(name: str, vision: dict[str, Any]) -> str:
+    """A published architecture with the same image tower, or a similar name, that needs no further package."""
     open_clip = importlib.import_module("open_clip")
-    own = [a for a in open_clip.list_models() if not {"hf_model_name", "hf_tokenizer_name"} & _text_of(a).keys()]
-    return get_close_matches(arch, own, 1, 0)[0]
-
-
-def _text_of(arch: str) -> dict[str, Any]:
-    return importlib.import_module("open_clip").get_model_config(arch)["text_cfg"]
+    configs = {a: open_clip.get_model_config(a) for a in open_clip.list_models()}
+    own = [a for a, c in configs.items() if not {"hf_model_name", "hf_tokenizer_name"} & c["text_cfg"].keys()]
+    own = [a for a in own if open_clip.list_pretrained_tags_by_model(a)]
+    return get_close_matches(name, [a for a in own if configs[a]["vision_cfg"] == vision] or own, 1, 0)[0]
 
 
 def normalisation_of(config: dict[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -139,9 +138,15 @@ def create(name: str, weights: str = "") -> tuple[nn.Module, Any]:
 def _files(arch: str, weights: str) -> list[str]:
     """Files that open_clip may unpickle."""
     if arch.startswith(HUB):
-        return [importlib.import_module("open_clip").download_pretrained_from_hf(arch[len(HUB) :])]
+        return [_download(arch)]
     if not arch.startswith(FOLDER):
         return [weights] if weights else []
     folder = escape(arch[len(FOLDER) :])
     safe, *pickles = (glob(os.path.join(folder, f"*.{kind}")) for kind in ("safetensors", "bin", "pth"))
     return [] if safe else sum(pickles, [])
+
+
+def _download(name: str, filename: Optional[str] = None) -> str:
+    """Path of a file of ``hf-hub:org/model`` in the cache; default: its weights."""
+    pretrained = importlib.import_module("open_clip.pretrained")
+    return pretrained.download_pretrained_from_hf(name[len(HUB) :], filename=filename)
