@@ -131,7 +131,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         try:
             rows.append(architecture(arch))
         except Exception as error:  # noqa: BLE001 (of open_clip, timm and transformers)
-            missing.append(f"{arch}: {on_one_line(error)}; nearest that works: {nearest(arch, open_clip.get_model_config(arch)['vision_cfg'])}")
+            near = nearest(arch, open_clip.get_model_config(arch)["vision_cfg"])
+            missing.append(f"{arch}: {on_one_line(error)}; nearest that works: {near}")
     print(pd.DataFrame(rows, columns=COLUMNS).to_markdown(index=False))
     print(*(f"\n{len(missing)} cannot be built here:\n" * bool(missing)).splitlines(), *missing, sep="\n")
     return 0
