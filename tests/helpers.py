@@ -48,14 +48,20 @@ def naive_text_features(model):
     return (features / features.norm(dim=-1, keepdim=True)).tolist()
 
 
-def naive_probabilities(model, image, text_features):
-    """p(c|x) of one image as C numbers: a softmax of cosines times exp(logit_scale), plus the cache's addition."""
+def naive_logits(model, image, text_features):
+    """C logits of one image: cosines times exp(logit_scale), plus the cache's addition."""
     feature = model.backbone.visual(image.unsqueeze(0))[0]
     feature = (feature / feature.norm()).tolist()
     scale = math.exp(model.backbone.logit_scale.item())
     logits = [scale * sum(a * b for a, b in zip(feature, row)) for row in text_features]
     if model.adapter is not None:
         logits = [a + b for a, b in zip(logits, naive_cache(model.adapter, feature, len(logits)))]
+    return logits
+
+
+def naive_probabilities(model, image, text_features):
+    """p(c|x) of one image as C numbers, the softmax of its logits."""
+    logits = naive_logits(model, image, text_features)
     total = sum(math.exp(v) for v in logits)
     return [math.exp(v) / total for v in logits]
 

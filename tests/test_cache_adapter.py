@@ -9,7 +9,7 @@ from helpers import Runs, build, naive_cache
 from tiny import NAMES
 from torch.nn.functional import normalize
 
-from trainers.prompting.cache_adapter import ALPHAS, BETAS, CacheAdapter
+from trainers.prompting.cache_adapter import GRID, CacheAdapter
 from trainers.prompting.checkpoint import remap_state_to_classes
 from trainers.prompting.evaluation import FewShotFeatures
 
@@ -67,14 +67,13 @@ def test_search_equals_loop(capsys):
     logits = torch.randn(30, 3).double()
     adapter.search(features, logits, label)
     chosen, accuracies = (adapter.alpha.item(), adapter.beta.item()), {}
-    for alpha in ALPHAS:
-        for beta in BETAS:
-            adapter.alpha.fill_(alpha), adapter.beta.fill_(beta)
-            correct = 0
-            for feature, row, y in zip(features, logits.tolist(), label.tolist()):
-                scores = [a + b for a, b in zip(row, naive_cache(adapter, feature.tolist(), 3))]
-                correct += scores.index(max(scores)) == y
-            accuracies[alpha, beta] = correct
+    for alpha, beta in GRID:
+        adapter.alpha.fill_(alpha), adapter.beta.fill_(beta)
+        correct = 0
+        for feature, row, y in zip(features, logits.tolist(), label.tolist()):
+            scores = [a + b for a, b in zip(row, naive_cache(adapter, feature.tolist(), 3))]
+            correct += scores.index(max(scores)) == y
+        accuracies[alpha, beta] = correct
     best = max(accuracies.values())
     assert chosen == min(pair for pair, correct in accuracies.items() if correct == best)
     assert f"chosen on 30 validation images ({100 * best / 30:.1f} %)" in capsys.readouterr().out
@@ -116,16 +115,16 @@ def test_one_checkpoint_serves_base_new_and_all_classes(run):
 def test_search_sees_validation_images_only(run, monkeypatch):
     seen, features = [], FewShotFeatures._features
 
-    def note(self, items):
+    def note(self, items, view=None):
         seen.append([item.impath for item in items])
-        return features(self, items)
+        return features(self, items, view)
 
     monkeypatch.setattr(FewShotFeatures, "_features", note)
     trained = run(*ON, "TRAINER.LOGOPROMPT.ADAPTER_SEARCH", True)
     assert seen == [[i.impath for i in items] for items in (trained.dm.dataset.train_x, trained.dm.dataset.val)]
     stored = run.states()[5]
     assert trained.model.adapter.alpha == stored["adapter.alpha"]
-    assert stored["adapter.alpha"].item() in ALPHAS and stored["adapter.beta"].item() in BETAS
+    assert (stored["adapter.alpha"].item(), stored["adapter.beta"].item()) in GRID
     assert "chosen on 8 validation images" in (run.folder / "run" / "log.txt").read_text()
 
 

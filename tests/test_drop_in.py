@@ -77,9 +77,10 @@ def refusal(capsys, *words):
     return err
 
 
-def tracked():
+def tracked(*names):
     """Our files according to git."""
-    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *drop_in.PARTS]
+    names = names or ["LoGoPrompt"]
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *drop_in.parts_of(names)]
     return set(subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
 
 
@@ -203,7 +204,7 @@ def test_what_differs_is_neither_overwritten_nor_removed(checkout, capsys, tmp_p
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "ctrl-c"])
 def test_interrupted_installation_is_completed_by_the_next(checkout, monkeypatch, capsys, error):
     replace = os.replace
-    for fail_at in range(len(drop_in.PARTS) + 1):
+    for fail_at in range(len(drop_in.parts_of(["LoGoPrompt"])) + 1):
         done = []
 
         def fragile(source, target, done=done, fail_at=fail_at):
@@ -309,3 +310,23 @@ def test_a_changed_clip_is_reported(checkout, capsys):
     out = capsys.readouterr().out
     assert f"open_clip will be used: the clip package in {checkout / 'clip'} builds no plain CLIP (TypeError" in out
     assert drop_in.main([str(checkout), "--check"]) == 0
+
+
+def test_other_methods_are_installed_and_removed(checkout, capsys):
+    """Every method but those whose file CoOp has; each can be imported without the others."""
+    assert drop_in.main([str(checkout), "CLIPAdapter"]) == 0
+    assert changes(checkout) == tracked("CLIPAdapter") | {"train.py"}
+    assert drop_in.main([str(checkout), "LoGoPrompt"]) == 0
+    assert drop_in.main([str(checkout), "--check"]) == 0
+    assert drop_in.main([str(checkout), "--remove"]) == 0 and changes(checkout) == set()
+    assert "no method Clip; there are CLIPAdapter" in refusal(capsys, checkout, "Clip")
+    assert "trainers/coop.py differs" in refusal(capsys, checkout, "CoOp") and changes(checkout) == set()
+
+
+@pytest.mark.parametrize("name", sorted(set(drop_in.methods()) - {"CoOp", "CoCoOp", "ZeroshotCLIP", "ZeroshotCLIP2"}))
+def test_every_method_can_be_dropped_in_alone(checkout, name):
+    assert drop_in.main([str(checkout), name]) == 0
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "fallback")}
+    code = f"{PLAIN}; from dassl.engine import TRAINER_REGISTRY as R; print(R.get({name!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=checkout, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and f".{name}'" in done.stdout

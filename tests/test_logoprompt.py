@@ -10,6 +10,7 @@ from helpers import (
     STD,
     Runs,
     build,
+    naive_logits,
     naive_min_max_loss,
     naive_paste,
     naive_probabilities,
@@ -17,10 +18,11 @@ from helpers import (
     naive_text_features,
 )
 from tiny import NAMES, SIZE
+from torchvision.transforms.functional import to_tensor
 
 from trainers import logoprompt
 from trainers.prompting.image_batch import ImageBatch
-from trainers.prompting.render import blocks_of
+from trainers.prompting.render import blocks_of, render_blocks
 
 BASE, NEW = NAMES[:4], NAMES[4:]
 
@@ -102,22 +104,55 @@ def test_ablations_of_table_4a_equal_loop(rn_file, use):
     model = build(rn_file, K=3, VISUAL_PROMPT=use)
     images, labels = batch_of(model, 4, list("abcd")), torch.tensor([0, 3, 3, 7])
     step, places = loss_and_places(model, images, labels)
-    expected = 0.0
+    found, expected, scores = model.compare(images, model.text_features()), 0.0, []
     with torch.no_grad():
         text = naive_text_features(model)
-        probabilities = [naive_probabilities(model, image, text) for image in images.pixels]
-        for image, y, place, p in zip(images.pixels, labels.tolist(), places, probabilities):
-            negatives = [c for c in naive_ranking(p) if c != y][:3]
-            conditional = {c: conditional_probability(model, image, c, place, text) for c in (y, *negatives)}
-            if use == "none":
+        test_places = model.places(images).tolist()
+        for i, (image, y) in enumerate(zip(images.pixels, labels.tolist())):
+            p = naive_probabilities(model, image, text)
+            if use != "paired":  # cross-entropy; the original image alone decides
                 expected -= math.log(p[y]) / 4
-            elif use == "text_augmentation":
-                expected -= (math.log(p[y]) + math.log(conditional[y])) / 8
-            else:  # trained like the whole method
-                expected += naive_min_max_loss(p, conditional, y, negatives, "infonce") / 4
-        scores = model.score(images, model.text_features())  # the original image alone decides
+                scores.append([math.log(q) for q in p])
+                continue
+
+            def pair(c, place, image=image):  # the logit of a class on its own class-conditional image
+                return naive_logits(model, naive_paste(image, model.visual_prompts[c], *place), text)[c]
+
+            group = [y, *[c for c in naive_ranking(p) if c != y][:3]]
+            logits = [pair(c, places[i]) for c in group]
+            expected += (math.log(sum(math.exp(z - logits[0]) for z in logits))) / 4
+            candidates = naive_ranking(p)[:3]
+            assert found.candidates[i].tolist() == candidates
+            logits = {c: pair(c, test_places[i]) for c in candidates}
+            total = math.log(sum(map(math.exp, logits.values())))
+            scores.append([logits[c] - total if c in logits else -math.inf for c in range(len(NAMES))])
     assert step.total.item() == pytest.approx(expected, rel=1e-9)
-    torch.testing.assert_close(scores.exp(), torch.tensor(probabilities, dtype=torch.float64))
+    torch.testing.assert_close(found.scores, torch.tensor(scores, dtype=torch.float64))
+
+
+def test_without_selection_the_original_image_alone_decides(rn_file):
+    model, images = build(rn_file, SELECT_AT_TEST=False), batch_of(build(rn_file), 3, list("abc"))
+    found = model.compare(images, model.text_features())
+    assert found.candidates is None and torch.equal(found.scores, found.original)
+    losses = [loss_and_places(m, images, torch.tensor([0, 3, 7]))[0].total for m in (model, build(rn_file))]
+    assert torch.equal(*losses)  # trained in the same way
+
+
+def test_text_augmentation_adds_a_drawn_image_per_class(run):
+    """Its name over the whole image, in the training set alone; the data set and validation stay as they are."""
+    start, runs = run
+    for views in (0, 2):
+        options = ("TRAINER.LOGOPROMPT.VISUAL_PROMPT", "text_augmentation", "TRAINER.LOGOPROMPT.VIEWS", views)
+        trained = start(*options, "DATALOADER.TRAIN_X.BATCH_SIZE", 4, out=f"views{views}")
+        real, items = trained.dm.dataset.train_x, trained.train_items
+        classnames = trained.classnames
+        assert items[: len(real)] == real and [item.label for item in items[len(real) :]] == list(
+            range(len(classnames))
+        )
+        assert len(trained.train_loader_x.dataset) == len(real) + len(classnames)
+        for item, block in zip(items[len(real) :], render_blocks(classnames, SIZE, SIZE)):
+            assert item.image.size == (SIZE, SIZE)
+            torch.testing.assert_close(to_tensor(item.image), block, atol=0.5 / 255, rtol=0)
 
 
 def test_blocks_are_normalised_like_the_images(rn_file):

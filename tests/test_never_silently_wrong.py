@@ -95,7 +95,7 @@ def test_features_that_are_not_numbers_are_neither_fitted_nor_stored(tmp_path):
     bad = torch.tensor([[1.0, 2.0], [float("nan"), 1.0]])
     data = SimpleNamespace(train_x=[], val=[], test=[])
     with pytest.raises(UserError, match="bad.png: its features"):
-        FewShotFeatures(data, "X", lambda _: images, lambda _: bad).train_features()
+        FewShotFeatures(data, "X", lambda items, view: images, lambda _: bad).train_features()
     store = FeatureStore(str(tmp_path / "f"), b"encoder")
     store.put([b"good", b"bad"], bad)
     store.flush()
@@ -134,6 +134,21 @@ def test_seed_0_is_a_seed(run):
     runs = [run("CoOp", "TRAINER.COOP.CTX_INIT", "", out=str(i), seed=0) for i in range(2)]
     assert runs[0].results["run"]["seed"] == 0
     assert torch.equal(*(found.checkpoint(2)["state_dict"]["ctx"] for found in runs))
+
+
+def test_results_of_a_loaded_model_name_the_shots_and_seed_of_its_training(run, tmp_path):
+    trained = run("CoOp", out="train").results["run"]
+    run(
+        "CoOp",
+        "DATASET.NUM_SHOTS",
+        -1,
+        "SEED",
+        -1,
+        out="test",
+        flags=["--eval-only", "--model-dir", tmp_path / "train"],
+    )
+    found = json.loads((tmp_path / "test" / "results.json").read_text())["run"]
+    assert (found["shots"], found["seed"]) == (trained["shots"], trained["seed"]) == (4, 1)
 
 
 def test_other_settings_than_in_training_are_warned_of(run, tmp_path):

@@ -139,8 +139,16 @@ def test_interrupted_writing_leaves_the_old_file_and_names_it(tmp_path, monkeypa
 
 
 def test_only_temporary_files_are_removed(tmp_path):
-    others = ["model.pth.tar-3", "model-best.pth.tar", "results.json", "my.tmp", ".results.json", ".hidden-1.tmp"]
-    left = [".results.json-0123456789ab.tmp", ".model.pth.tar-3-ba9876543210.tmp", "model.pth.tar-3.tmp"]
+    others = [
+        "model.pth.tar-3",
+        "model-best.pth.tar",
+        "results.json",
+        "my.tmp",
+        ".results.json",
+        ".hidden-1.tmp",
+        "model.tmp",
+    ]
+    left = [".results.json-0123456789ab.tmp", ".model.pth.tar-3-ba9876543210.tmp"]
     for name in (*others, *left):
         (tmp_path / name).touch()
     remove_leftovers(str(tmp_path))

@@ -9,11 +9,12 @@ from conftest import ROOT, run_script
 from trainers.prompting.results import harmonic_mean, read_results
 
 SEEDS = ["1", "2", "3"]
+SETTINGS = {"CFG": "", "SHOTS": "", "PYTHON": "echo", "OUTPUT": "out", "DATA": "."}
 
 
 def runs(cwd, script, *words, **environment):
     """What train.py would be called with: {flag or key: value} for each call."""
-    done = run_script(cwd, script, *words, **{"CFG": "", "SHOTS": "", "PYTHON": "echo", "OUTPUT": "out", **environment})
+    done = run_script(cwd, script, *words, **{**SETTINGS, **environment})
     assert done.returncode == 0, done.stderr
     calls = []
     for line in done.stdout.splitlines():
@@ -126,6 +127,43 @@ def test_ablation_runs_every_row_of_table_4(tmp_path):
     assert len(runs(tmp_path, "logo/ablation", "shapes", "1")) == 11  # its config starts from four words
     done = run_script(tmp_path, "logo/ablation", "shapes", TRAINER="CoOp", CFG="")
     assert done.returncode == 2 and "ablations of LoGoPrompt" in done.stderr
+
+
+def test_table_runs_every_row_with_the_settings_of_the_paper(tmp_path):
+    calls = runs(tmp_path, "logo/table", "2", "caltech101", "1", "OPTIM.MAX_EPOCH", "3")
+    assert all(call["OPTIM.MAX_EPOCH"] == "3" and call["DATASET.NUM_SHOTS"] == "16" for call in calls)
+    rows = {call["--output-dir"].split("/table2/")[1].split("/")[0]: call for call in calls}
+    assert len(rows) == len(calls) == 7
+    assert rows["VP+TP"]["TRAINER.VP.TEXT_PROMPT"] == "learned"
+    assert rows["LoGoPrompt+Adapter"]["TRAINER.LOGOPROMPT.ADAPTER"] == "True"
+    assert "TRAINER.LOGOPROMPT.ADAPTER" not in rows["LoGoPrompt"]
+    assert len({call["TEST.FEATURES"] for call in calls}) == 1
+    for table, trainers, number in (("1", "CoOp ZeroshotCLIP", 4), ("3", "CoOp", 2), ("4", "LoGoPrompt", 11)):
+        calls = runs(tmp_path, "logo/table", table, "shapes", "2", TRAINERS=trainers, TARGETS="shapes_shifted")
+        assert len(calls) == number and {call["--seed"] for call in calls} == {"2"}
+        assert {call["--trainer"] for call in calls} == set(trainers.split())
+    calls = runs(tmp_path, "logo/table", "figure3", "shapes", TRAINERS="CoOp")
+    assert [(call["DATASET.NUM_SHOTS"], call["--seed"]) for call in calls] == [
+        (shots, seed) for shots in ("1", "2", "4", "8", "16") for seed in SEEDS
+    ]
+
+
+def test_table_goes_on_after_a_row_that_fails(tmp_path):
+    """The row is named at the end, and the exit status is 1; a wrong name ends it at once."""
+    settings = {**SETTINGS, "PYTHON": "false", "TRAINERS": "CoOp LoGoPrompt"}
+    done = run_script(tmp_path, "logo/table", "1", "shapes", "1", **settings)
+    assert done.returncode == 1 and done.stdout.count("== ") == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("failed")] == [
+        "failed: CoOp: base2new.sh shapes",
+        "failed: LoGoPrompt: base2new.sh shapes",
+        "failed: the report",
+    ]
+    for words, trainers, fault in (
+        (("5",), "CoOp", "choose 1, 2"),
+        (("1", "shapes"), "CoOp Nothing", "TRAINER Nothing"),
+    ):
+        done = run_script(tmp_path, "logo/table", *words, **{**settings, "TRAINERS": trainers})
+        assert done.returncode == 2 and fault in done.stderr and done.stderr.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------- CoOp's own scripts

@@ -31,10 +31,12 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from dassl.config import get_cfg_default
+from dassl.engine import TRAINER_REGISTRY
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from torch.utils.benchmark import Measurement, Timer
 
 import train
+import trainers
 from trainers import cocoop, coop, logoprompt
 from trainers.prompting.backbone import Backbone
 from trainers.prompting.image_batch import CHUNK, ImageBatch
@@ -84,14 +86,21 @@ def random_clip(arch: str = "RN50") -> torch.nn.Module:
     return model
 
 
-def method(module: Any, classes: int, arch: str = "RN50", **options: Any) -> Method:
-    """The model of a method file for ImageNet's class names, with some of its keys."""
-    cfg, kind = get_cfg_default(), module.CustomCLIP
-    module.extend_cfg(cfg)
+def method(kind: type[Method], classes: int, arch: str = "RN50", **options: Any) -> Method:
+    """The model of a method for ImageNet's class names, with some of its keys."""
+    cfg = get_cfg_default()
+    trainers.extend_cfg(cfg)
     cfg.INPUT.SIZE = (224, 224)
-    cfg.TRAINER[kind.config_name].update(options)
+    if options:
+        cfg.TRAINER[kind.config_name].update(options)
     names = [IMAGENET_CLASSNAMES[i % len(IMAGENET_CLASSNAMES)] for i in range(classes)]
     return kind(cfg, names, Backbone(random_clip(arch), open_clip.tokenizer.SimpleTokenizer(), arch))
+
+
+def training_step(model: Method, batch: int) -> Callable[[], None]:
+    """Loss and gradients of a batch of random images, without the optimizer."""
+    image, label = torch.randn(batch, 3, 224, 224), torch.arange(batch)
+    return lambda: model.backward(model.loss(ImageBatch(model.backbone, image), label), lambda loss: loss)
 
 
 def padded(model: Method, prompts: torch.Tensor) -> torch.Tensor:
@@ -102,7 +111,7 @@ def padded(model: Method, prompts: torch.Tensor) -> torch.Tensor:
 
 def text_ways(classes: int, n_ctx: int, csc: bool) -> Ways:
     """A forward and backward pass of the text encoder. More than 100 classes at 77 tokens need chunks to fit."""
-    model = method(coop, classes, N_CTX=n_ctx, CSC=csc)
+    model = method(coop.CustomCLIP, classes, N_CTX=n_ctx, CSC=csc)
 
     def reference() -> None:
         for rows in torch.arange(classes).split(100):
@@ -125,7 +134,7 @@ def text(quick: bool) -> Iterator[Row]:
 
 def cocoop_ways(classes: int, batch: int) -> Ways:
     """A training step of CoCoOp; the reference encodes the prompts of every image by themselves."""
-    model = method(cocoop, classes, CTX_INIT="a photo of a")
+    model = method(cocoop.CustomCLIP, classes, CTX_INIT="a photo of a")
     image, label = torch.randn(batch, 3, 224, 224), torch.arange(batch) % classes
 
     def reference() -> None:
@@ -147,7 +156,7 @@ def cocoop_step(quick: bool) -> Iterator[Row]:
 
 def step_ways(arch: str, batch: int, classes: int, k: int) -> tuple[Ways, Ways]:
     """Training and test; the floor is the encoders alone, on the same tensors: (2 + K) * B images and the text pass."""
-    model = method(logoprompt, classes, arch, CTX_INIT="a photo of a", K=k)
+    model = method(logoprompt.CustomCLIP, classes, arch, CTX_INIT="a photo of a", K=k)
     image, label, paths = torch.randn(batch, 3, 224, 224), torch.arange(batch), [f"{i}.jpg" for i in range(batch)]
     copies, text_features = torch.randn(batch * (1 + k), 3, 224, 224), model.text_features().detach()
 
@@ -169,6 +178,38 @@ def step(quick: bool) -> Iterator[Row]:
     for arch in ("RN50",) if quick else ("RN50", "ViT-B-16"):
         for title, ways in zip(("training", "test"), step_ways(arch, batch=8, classes=50, k=5)):
             yield from compare(f"{arch}, B = 8, C = 50, K = 5, {title}", ways, 2 if quick else 5)
+
+
+def precision(quick: bool) -> Iterator[Row]:
+    """A training step of LoGoPrompt with the image encoder in float32 and in bfloat16 (``PREC bf16``)."""
+    for arch in ("RN50", "ViT-B-16"):
+        models = {name: method(logoprompt.CustomCLIP, 50, arch, CTX_INIT="a photo of a") for name in ("fp32", "bf16")}
+        models["bf16"].backbone.cast_weights(torch.bfloat16)
+        ways = {name: training_step(model, 8) for name, model in models.items()}
+        yield from compare(f"{arch}, B = 8, C = 50, K = 5", ways, 2 if quick else 5)
+
+
+class RandomFeatures:
+    """16 training images per class, and no validation images."""
+
+    def __init__(self, model: Method) -> None:
+        n = 16 * len(model.classnames)
+        self.found = torch.randn(n, model.backbone.n_features), torch.arange(n) % len(model.classnames)
+
+    def train_features(self, passes: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.found
+
+
+def methods(quick: bool) -> Iterator[Row]:
+    """A training step of every method that has steps, relative to CoOp's."""
+    known = {name: TRAINER_REGISTRY.get(name).method_class for name in TRAINER_REGISTRY.registered_names()}
+    ways = {}
+    for name, kind in sorted(known.items(), key=lambda item: item[0] != "CoOp"):
+        if kind.learns and kind.fit is Method.fit:
+            model = method(kind, 50, "ViT-B-16")
+            model.stages()[0].begin(RandomFeatures(model))
+            ways[name] = training_step(model, 1 if quick else 8)
+    yield from compare("ViT-B-16, C = 50", ways, 1 if quick else 3)
 
 
 def run(work: str, config: str, root: Path, output: Path, seed: int, *opts: Any) -> tuple[float, Any]:
@@ -219,6 +260,8 @@ BENCHMARKS: dict[str, tuple[str, Callable[[bool], Iterator[Row]]]] = {
     "text": ("Text encoder, forward and backward (12 layers, width 512)", text),
     "cocoop": ("A training step of CoCoOp, RN50", cocoop_step),
     "step": ("LoGoPrompt and the encoders alone, on the same tensors", step),
+    "precision": ("A training step of LoGoPrompt in two precisions of the image encoder", precision),
+    "methods": ("A training step of every method, relative to CoOp", methods),
     "sweep": ("Evaluations of a sweep on Shapes, RN50, 224 pixels, K = 5", sweep),
     "runs": ("Training runs on Shapes with the embedded CLIP, 32 classes, K = 5", runs),
 }

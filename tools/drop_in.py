@@ -1,8 +1,9 @@
-"""Install LoGoPrompt into a CoOp code base, or remove it.
+"""Install LoGoPrompt, or other methods of this repository, into a CoOp code base, or remove them.
 
-    python tools/drop_in.py PATH_TO_COOP             copies the method and adds two lines to train.py
-    python tools/drop_in.py PATH_TO_COOP --check     lists what is missing; exit status 0: nothing, 1: something
-    python tools/drop_in.py PATH_TO_COOP --remove    undoes the installation
+    python tools/drop_in.py PATH_TO_COOP                      copies LoGoPrompt and adds two lines to train.py
+    python tools/drop_in.py PATH_TO_COOP TipAdapter KgCoOp    copies these methods instead
+    python tools/drop_in.py PATH_TO_COOP --check              lists what is missing; status 0: nothing, 1: something
+    python tools/drop_in.py PATH_TO_COOP --remove             undoes the installation of all methods
 
 Run it with CoOp's interpreter: it looks for packages there. Checks everything before it writes, train.py last; never
 overwrites or removes what differs from ours. Standard library only, and readable for Python 3.7.
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Optional
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("trainers/prompting", "configs/trainers/LoGoPrompt", "scripts/logo", "trainers/logoprompt.py")
+SHARED = ("trainers/prompting", "scripts/logo")
 LINES = (b"import trainers.prompting.plugin", b"trainers.prompting.plugin.extend_cfg(cfg)")
 # What they follow in train.py: the imports of trainers, and the head of extend_cfg with its docstring.
 PLACES = (
@@ -43,6 +44,25 @@ PACKAGES = ("torch", "torchvision", "yacs", "numpy", "Pillow", "fonttools", "saf
 
 class Refusal(Exception):
     """A user's mistake, in one line. Not ``UserError``: importing that needs the packages that may be missing."""
+
+
+def methods() -> dict[str, str]:
+    """Our trainers and their files below ``trainers/``."""
+    found = {}
+    for path in sorted((ROOT / "trainers").glob("*.py")):
+        for name in re.findall(r"^@TRAINER_REGISTRY\.register\(\)\s+class (\w+)", path.read_text("utf-8"), re.M):
+            found[name] = f"trainers/{path.name}"
+    return found
+
+
+def parts_of(names: Sequence[str]) -> list[str]:
+    """What is copied for some trainers: their files and configs, and what all methods share."""
+    known = methods()
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise Refusal(f"no method {', '.join(unknown)}; there are {', '.join(known)}")
+    configs = [f"configs/trainers/{name}" for name in names]
+    return [*SHARED, *(c for c in configs if (ROOT / c).is_dir()), *dict.fromkeys(known[name] for name in names)]
 
 
 def state(checkout: Path, part: str) -> str:
@@ -71,6 +91,12 @@ def write(source: Path, target: Path, text: bytes = b"") -> None:
         os.replace(copy, target)
 
 
+def installed(checkout: Path) -> list[str]:
+    """Our trainers whose file is in the checkout: a file of the same name that imports our parts."""
+    paths = {name: checkout / file for name, file in methods().items()}
+    return [name for name, path in paths.items() if path.is_file() and b"from .prompting" in path.read_bytes()]
+
+
 def missing_lines(text: bytes) -> list[bytes]:
     """Those of our two lines that ``train.py`` lacks."""
     return [line for line in LINES if not re.search(rb"^[ \t]*%b[ \t]*\r?$" % re.escape(line), text, re.M)]
@@ -88,9 +114,9 @@ def edited(text: bytes, remove: bool) -> bytes:
     return text
 
 
-def change(checkout: Path, remove: bool) -> str:
+def change(checkout: Path, names: Sequence[str], remove: bool) -> str:
     """Install or remove. Returns what was done. Raises Refusal, before anything is written."""
-    train, states = checkout / "train.py", {part: state(checkout, part) for part in PARTS}
+    train, states = checkout / "train.py", {part: state(checkout, part) for part in parts_of(names)}
     for part, found in states.items():
         if found.startswith("differs"):
             raise Refusal(f"{part} {found} from ours; move it away first")
@@ -139,6 +165,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Returns the exit status: 0; 1 if ``--check`` finds something missing; 2 for a user's mistake."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("checkout", metavar="PATH_TO_COOP", help="folder with CoOp's train.py and trainers/")
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help="trainers to install (default: LoGoPrompt)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="list what is missing")
     what.add_argument("--remove", action="store_true", help="undo the installation")
@@ -148,9 +175,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         if checkout == ROOT or not (checkout / "trainers").is_dir() or b"def extend_cfg" not in train.read_bytes():
             raise Refusal("no CoOp code base; give the folder with CoOp's train.py and trainers/")
-        lines = [] if args.check else [change(checkout, args.remove)]
+        if args.remove and args.methods:
+            raise Refusal("--remove removes all methods; leave out their names")
+        names = args.methods or (installed(checkout) if args.check or args.remove else []) or ["LoGoPrompt"]
+        lines = [] if args.check else [change(checkout, names, args.remove)]
         if args.check:
-            found = {part: state(checkout, part) for part in PARTS}
+            found = {part: state(checkout, part) for part in parts_of(names)}
             lines = [f"{word}: {part}" for part, word in found.items() if word != "same"]
         if not args.remove:
             lines += [f"add to train.py: {line.decode()}" for line in missing_lines(train.read_bytes())]

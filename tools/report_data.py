@@ -79,7 +79,7 @@ class Run(NamedTuple):
     folder: str
     kind: str  # of TITLES
     scope: str  # the source of a transfer, the setting of an ablation, else empty
-    method: str  # the trainer, with "+Adapter" if it is on
+    method: str  # the trainer, with "+Adapter" or, for VP, "+TP" (text prompt) if it is on
     backbone: str
     config: str  # file in configs/trainers/<trainer>, without .yaml; empty if the folder is not named seed<N>
     dataset: str  # DATASET.NAME
@@ -144,6 +144,7 @@ def read_run(folder: Path) -> Optional[Run]:
         if type(run[key]) is not kind or (key == "subsample_classes" and subset not in ("all", "base", "new")):
             raise ValueError(f"{key} {run[key]!r}")
     method = trainer + "+Adapter" * bool(settings.get(f"TRAINER.{trainer.upper()}.ADAPTER"))
+    method += "+TP" * (settings.get("TRAINER.VP.TEXT_PROMPT") == "learned" and trainer == "VP")
     config = folder.parent.name if re.fullmatch(r"seed\d+", folder.name) else ""
     place, learned = kind_and_scope(folder, subset), bool(run.get("trained") or run.get("model_dir"))
     about = (method, backbone, config, dataset, shots, seed, subset, float(accuracy), bool(run.get("collapsed")))

@@ -62,6 +62,7 @@ def experiments(rates: Sequence[str]) -> dict[str, tuple[str, list[Row]]]:
         for text, tune, adapter in product(("generic", "two_stage"), (False, True), (False, True))
     ]
     uses = [logo(use, VISUAL_PROMPT=use) for use in ("none", "text_augmentation", "paired")]
+    uses.append(logo("selection in training alone", SELECT_AT_TEST=False))
     heights = [logo("h = H/14", BLOCK_HEIGHT=1 / 14), logo("h = 2H/7", BLOCK_HEIGHT=2 / 7)]
     places, numbers = [logo(p, LOCATION=p) for p in ("top", "bottom")], [logo(f"K = {k}", K=k) for k in (1, 3, 10)]
     return {

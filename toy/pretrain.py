@@ -1,6 +1,7 @@
 """Pre-train the embedded CLIP (``MODEL.BACKBONE.NAME: "tiny"``) on drawings with captions and on rendered words.
 
     python toy/pretrain.py --out toy/tiny_clip.pt
+    python toy/pretrain.py --vit --out toy/tiny_vit.pt     # the image tower of "tiny-vit", taught by tiny's
 
 Contrastive, as in CLIP, in OpenAI's state-dict layout. The model sees the kinds of ``drawing.py``, never in the styles
 of the data sets, and words, alone and on drawings. The same seed gives the same weights on one machine.
@@ -43,6 +44,7 @@ from trainers.prompting.text_encoder import encode_texts
 
 SIZE = 96  # input resolution; a strip of 1/7 has 14 pixels
 VISION = {"layers": (2, 2, 2, 2), "width": 16, "head_width": 64, "image_size": SIZE}
+VIT = {"layers": 4, "width": 128, "head_width": 64, "patch_size": 12, "image_size": SIZE}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 3}
 EMBED_DIM = 128
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -205,11 +207,13 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 def pretrain(args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Train. Returns the state dict in half precision, without BatchNorm's counters."""
+    """Train. Returns the state dict in half precision, without BatchNorm's counters; of a ViT the image tower's."""
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    model = CLIP(EMBED_DIM, VISION, TEXT, quick_gelu=True).to(device, memory_format=torch.channels_last).train()
+    vision = VIT if args.vit else VISION
+    model = CLIP(EMBED_DIM, vision, TEXT, quick_gelu=True).to(device, memory_format=torch.channels_last).train()
+    teacher = load_clip("tiny").to(device) if args.vit else None
     groups = [{"params": [], "weight_decay": rate} for rate in (0.0, args.weight_decay)]
     for name, p in model.named_parameters():
         groups[p.ndim >= 2 and "embedding" not in name]["params"].append(p)
@@ -222,12 +226,18 @@ def pretrain(args: argparse.Namespace) -> dict[str, torch.Tensor]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         images = ((images.to(device).float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
-        number = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}  # equal captions are encoded once
-        key = torch.tensor([number[caption] for caption in captions], device=device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            image, text = model.encode_image(images), encode_text(model, list(number), device)[key]
-        image, text = (F.normalize(features.float(), dim=-1) for features in (image, text))
-        loss = contrastive_loss(image, text, model.logit_scale.exp(), key)
+            image = F.normalize(model.encode_image(images).float(), dim=-1)
+        if teacher is not None:  # tiny's image features, so that its text tower fits
+            with torch.no_grad():
+                target = F.normalize(teacher.encode_image(images), dim=-1)
+            loss = (1 - (image * target).sum(dim=-1)).mean()
+        else:
+            number = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}  # equal ones are encoded once
+            key = torch.tensor([number[caption] for caption in captions], device=device)
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                text = encode_text(model, list(number), device)[key]
+            loss = contrastive_loss(image, F.normalize(text.float(), dim=-1), model.logit_scale.exp(), key)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -235,7 +245,9 @@ def pretrain(args: argparse.Namespace) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
         bar.set_postfix_str(f"loss {loss.item():.3f}, 1/tau {model.logit_scale.exp().item():.1f}", refresh=False)
-    return {k: v.cpu().contiguous().half() for k, v in model.state_dict().items() if v.is_floating_point()}
+    state = (model.visual if args.vit else model).state_dict()
+    prefix = "visual." * args.vit
+    return {prefix + k: v.cpu().contiguous().half() for k, v in state.items() if v.is_floating_point()}
 
 
 @torch.no_grad()
@@ -300,6 +312,7 @@ def arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--out", default="tiny_clip.pt", help="state dict to write (default: %(default)s)")
     for name, default in SETTINGS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
+    parser.add_argument("--vit", action="store_true", help="a vision transformer that learns tiny's image features")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--report-only", action="store_true", help="evaluate the file --out")
     parser.add_argument("--sheet", help="plot samples into this file and do nothing else")
@@ -316,7 +329,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if not (folder := Path(args.out).absolute().parent).is_dir():
                 raise UserError(f"{folder}: no such folder; correct --out")
             torch.save(pretrain(args), args.out)
-        results = report(args.out, args.seed)
+        results = report("tiny-vit" if args.vit else args.out, args.seed)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,10 +14,10 @@ from dassl.engine import TRAINER_REGISTRY
 from yacs.config import CfgNode
 
 from .prompting.backbone import Backbone
+from .prompting.classifiers import HandMadePrompts
 from .prompting.config import PREC, Key, at_least, within
 from .prompting.image_batch import ImageBatch
 from .prompting.trainer import PromptTrainer
-from .zsclip import ZeroshotMethod
 
 KEYS = {
     "PREC": PREC,
@@ -26,10 +26,10 @@ KEYS = {
 }
 
 
-class CustomCLIP(ZeroshotMethod):
+class CustomCLIP(HandMadePrompts):
     """Zero-shot CLIP with an adapter, (B, E) -> (B, E), behind the image encoder, trained by cross-entropy."""
 
-    config_name, keys, learns = "CLIPADAPTER", KEYS, True
+    config_name, keys = "CLIPADAPTER", KEYS
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], backbone: Backbone) -> None:
         super().__init__(cfg, classnames, backbone)
@@ -37,10 +37,6 @@ class CustomCLIP(ZeroshotMethod):
         bottleneck = max(1, size // self.options.REDUCTION)
         down, up = nn.Linear(size, bottleneck, bias=False), nn.Linear(bottleneck, size, bias=False)
         self.learned = nn.ModuleDict({"fc": nn.Sequential(down, nn.ReLU(), up, nn.ReLU())})
-        self.register_buffer("hand_made", super().text_features(), persistent=False)
-
-    def text_features(self) -> torch.Tensor:
-        return self.hand_made
 
     def score(self, images: ImageBatch, text_features: torch.Tensor) -> torch.Tensor:
         """The adapter sees the feature before it is scaled to unit length."""

@@ -7,12 +7,11 @@ class-conditional image x_c.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Optional
+from typing import Any, Optional
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from dassl.engine import TRAINER_REGISTRY
 from yacs.config import CfgNode
@@ -30,6 +29,7 @@ from .prompting.selection import LOSSES, hard_negatives, log_probabilities, min_
 from .prompting.text_encoder import TextEncoder
 from .prompting.trainer import PromptTrainer
 
+Scores = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of image features and text features
 SHARE = Rule("must be larger than 0 and at most 1, the whole image", lambda value: 0 < value <= 1)
 
 # Below cfg.TRAINER.LOGOPROMPT. docs/choices.md explains what the paper leaves open.
@@ -40,6 +40,7 @@ KEYS = {
     "STAGE2_LR": Key(0.0, at_least(0)),  # 0: OPTIM.LR
     "MLP_REDUCTION": Key(16, at_least(1)),  # E / bottleneck of the MLP of stage 1
     "VISUAL_PROMPT": Key("selection", one_of(("selection", "paired", "text_augmentation", "none"))),  # Table 4a
+    "SELECT_AT_TEST": Key(True),  # 3.2.2; False: the original image alone decides at test time
     "TUNE_VISUAL": Key(False),  # 3.2.3: optimise the pixels of the visual prompts too
     "VISUAL_LR": Key(1.0, at_least(0)),  # their learning rate, for colours in [0, 1]
     "K": Key(5, at_least(1)),  # hard negatives, and candidates at test time
@@ -99,12 +100,14 @@ class CustomCLIP(Method):
         """g(p_c): (C, E), of unit length (Eq. 2)."""
         return self.text_encoder(*self.learned.encoder_inputs())
 
-    def log_p(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-        """log p(c|x), the softmax over all C classes of cos(f(x), g(p_c)) / tau: (…, E), (C, E) -> (…, C)."""
+    def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
+        """cos(f(x), g(p_c)) / tau, and the adapter's once it is filled: (…, E), (C, E) -> (…, C)."""
         logits = self.backbone.logits(image_features, text_features)
-        if self.adapter is not None:
-            logits = logits + self.adapter(image_features)
-        return log_probabilities(logits)
+        return logits if self.adapter is None else logits + self.adapter(image_features)
+
+    def log_p(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
+        """log p(c|x), the softmax of the logits over all C classes: (…, E), (C, E) -> (…, C)."""
+        return log_probabilities(self.logits(image_features, text_features))
 
     # ------------------------------------------------------------------------------- 3.2.1 visual prompts
     @property
@@ -120,45 +123,65 @@ class CustomCLIP(Method):
         uniform = images.uniform(self.options.VISUAL_SEED)
         return places_of(uniform, self.backbone.input_resolution, self.block, self.options.LOCATION)
 
-    def conditional_log_p(
-        self, images: ImageBatch, classes: torch.Tensor, places: torch.Tensor, text_features: torch.Tensor
-    ) -> torch.Tensor:
-        """log p(c|x_c) of (B, N) classes c for each image, whose block at (B, 2) places is replaced by V_c: (B, N)."""
+    def conditional(
+        self, images: ImageBatch, classes: torch.Tensor, text_features: torch.Tensor, of: Scores
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores (:meth:`logits` or :meth:`log_p`) of (B, N) classes c on x_c, whose block is replaced by V_c.
+
+        Returns them, (B, N), and the places of the blocks, (B, 2).
+        """
+        places = self.places(images)
         features = images.pasted(self.visual_prompts, classes, places, store=not self.options.TUNE_VISUAL)
-        return self.log_p(features, text_features).gather(2, classes.unsqueeze(2)).squeeze(2)
+        return of(features, text_features).gather(2, classes.unsqueeze(2)).squeeze(2), places
 
     # ------------------------------------------------------------------------------- 3.2.2 training
     def loss(self, images: ImageBatch, label: torch.Tensor) -> Step:
-        """Min-max contrastive learning (Eq. 3); ``VISUAL_PROMPT`` none and text_augmentation use cross-entropy."""
+        """Min-max contrastive learning (Eq. 3); the other rows of Table 4a use cross-entropy."""
         options = self.options
         image_features = images.features()
         with nullcontext() if self.adapter is None else torch.no_grad():
             text_features = self.text_features()
         log_p = self.log_p(image_features, text_features)
-        if options.VISUAL_PROMPT == "none":
+        if options.VISUAL_PROMPT in ("none", "text_augmentation"):
             return Step({"loss": -log_p.gather(1, label.unsqueeze(1)).mean()}, log_p)
 
         # The group of an image: real {(x, y), (x_y, y)}, negative {(x, c_k), (x_{c_k}, c_k)}, k = 1 … K.
-        k = 0 if options.VISUAL_PROMPT == "text_augmentation" else options.K
-        classes = torch.cat([label.unsqueeze(1), hard_negatives(log_p.detach(), label, k)], dim=1)
+        classes = torch.cat([label.unsqueeze(1), hard_negatives(log_p.detach(), label, options.K)], dim=1)
+        if options.VISUAL_PROMPT == "paired":  # every class's text with its own class-conditional image
+            pairs, _ = self.conditional(images, classes, text_features, self.logits)
+            return Step({"loss": F.cross_entropy(pairs, torch.zeros_like(label))}, log_p)
         original = log_p.gather(1, classes)  # log p(y|x), log p(c_k|x)
-        conditional = self.conditional_log_p(images, classes, self.places(images), text_features)
-        log = {"conditional_minimum": 100 * (conditional[:, 0] < original[:, 0]).float().mean()}
-        if options.VISUAL_PROMPT == "text_augmentation":
-            return Step({"loss": -((original[:, 0] + conditional[:, 0]) / 2).mean()}, log_p, log)
+        conditional, _ = self.conditional(images, classes, text_features, self.log_p)
         losses = min_max_loss(original[:, 0], conditional[:, 0], original[:, 1:], conditional[:, 1:], options.LOSS)
+        log = {"conditional_minimum": 100 * (conditional[:, 0] < original[:, 0]).float().mean()}
         return Step({"loss": losses.mean()}, log_p, log)
+
+    @classmethod
+    def drawn_images(cls, cfg: CfgNode, classnames: Sequence[str]) -> torch.Tensor:
+        """Text augmentation (4.4): the class name, over a whole image, is one more training image of a class."""
+        if cfg.TRAINER.LOGOPROMPT.VISUAL_PROMPT != "text_augmentation":
+            return super().drawn_images(cfg, classnames)
+        options = CfgNode({**cfg.TRAINER.LOGOPROMPT, "BLOCK_HEIGHT": 1.0, "BLOCK_WIDTH": 1.0})
+        return blocks_of(options, classnames, cfg.INPUT.SIZE[0])
 
     # ------------------------------------------------------------------------------- 3.2.2 selection
     def compare(self, images: ImageBatch, text_features: torch.Tensor) -> Comparison:
-        """Visual prompt selection: argmax_k max(p(c_k|x), p(c_k|x_{c_k})) over the top-K classes of x."""
+        """Visual prompt selection: argmax_k max(p(c_k|x), p(c_k|x_{c_k})) over the top-K classes of x.
+
+        With paired texts and images (4.4) the argmax of cos(f(x_{c_k}), g(p_{c_k})) / tau.
+        """
         log_p = self.log_p(images.features(), text_features)
-        if self.options.VISUAL_PROMPT != "selection":
+        paired = self.options.VISUAL_PROMPT == "paired"
+        if not paired and not (self.options.VISUAL_PROMPT == "selection" and self.options.SELECT_AT_TEST):
             return Comparison(log_p, log_p, log_p)
         candidates = top_classes(log_p, self.options.K)
-        places = self.places(images)
-        conditional = self.conditional_log_p(images, candidates, places, text_features)
-        scores = select(log_p, candidates, conditional)
+        of = self.logits if paired else self.log_p
+        conditional, places = self.conditional(images, candidates, text_features, of)
+        if paired:
+            conditional = log_probabilities(conditional)
+            scores = torch.full_like(log_p, float("-inf")).scatter(1, candidates, conditional)
+        else:
+            scores = select(log_p, candidates, conditional)
         return Comparison(scores, scores, log_p, candidates, conditional, places)
 
     def score(self, images: ImageBatch, text_features: torch.Tensor) -> torch.Tensor:
@@ -187,11 +210,14 @@ class CustomCLIP(Method):
         if self.options.TEXT_PROMPT == "two_stage":
             self.learned.begin_stage_1()
 
-    def learning_rates(self) -> dict[nn.Parameter, float]:
-        """Pixels and keys have their own; weight decay would only darken blocks and shorten keys."""
-        pixels = {self.learned.visual_prompts.pixels: self.options.VISUAL_LR} if self.options.TUNE_VISUAL else {}
-        keys = {self.learned.adapter.keys: self.options.ADAPTER_LR} if self.options.ADAPTER else {}
-        return {**pixels, **keys}
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Pixels and keys have their own learning rate; weight decay would only darken blocks and shorten keys."""
+        rates = {}
+        if self.options.TUNE_VISUAL:
+            rates[self.learned.visual_prompts.pixels] = self.options.VISUAL_LR
+        if self.options.ADAPTER:
+            rates[self.learned.adapter.keys] = self.options.ADAPTER_LR
+        return [{"params": [parameter], "lr": rate, "weight_decay": 0} for parameter, rate in rates.items()]
 
     def after_step(self) -> None:
         if self.options.TUNE_VISUAL:

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from dassl.engine import TRAINER_REGISTRY
 
-from .prompting.method import Method
-from .prompting.names import clean_name
-from .prompting.templates import SELECTED_TEMPLATES, template_of
-from .prompting.text_encoder import encode_texts
+from .prompting.classifiers import HandMadePrompts
+from .prompting.templates import SELECTED_TEMPLATES
 from .prompting.trainer import PromptTrainer
 
 
-class ZeroshotMethod(Method):
+class ZeroshotMethod(HandMadePrompts):
     """CLIP as it is: the class of the nearest prompt."""
 
     learns = False
-
-    def templates(self) -> list[str]:
-        """The sentences that class names are inserted into."""
-        return [template_of(self.cfg.DATASET.NAME)]
-
-    def text_features(self) -> torch.Tensor:
-        """(C, E): the mean of a class's features over the templates, of unit length."""
-        names = [clean_name(name) for name in self.classnames]
-        features = [encode_texts(self.backbone, [t.format(name) for name in names]) for t in self.templates()]
-        return F.normalize(torch.stack(features).mean(dim=0), dim=-1)
 
 
 class EnsembleMethod(ZeroshotMethod):

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-ALPHAS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # tried by search()
-BETAS = (1.0, 3.0, 5.5, 8.0)
+GRID = tuple(product((0.0, 0.25, 0.5, 1.0, 2.0, 4.0), (1.0, 3.0, 5.5, 8.0)))  # of alpha and beta, for search()
 
 
 class CacheAdapter(nn.Module):
@@ -19,14 +18,17 @@ class CacheAdapter(nn.Module):
     A key k_n is the image feature of a training image, learned from there on; y_n is its label. An empty cache adds
     nothing, nor does a key whose class is not among the current ones, so unseen classes keep their scores.
 
+    Args:
+        unit_length: whether keys are scaled to unit length again after they were learned; Tip-Adapter-F leaves them.
+
     Attributes:
         keys: (N, E), a parameter; N is 0 until :meth:`fill`.
         labels: (N,) y_n among the current classes; -1 for other classes, and for all keys of an emptied cache.
     """
 
-    def __init__(self, n_features: int, n_cls: int, alpha: float, beta: float) -> None:
+    def __init__(self, n_features: int, n_cls: int, alpha: float, beta: float, unit_length: bool = True) -> None:
         super().__init__()
-        self.n_cls = n_cls
+        self.n_cls, self.unit_length = n_cls, unit_length
         self.keys = nn.Parameter(torch.zeros(0, n_features))
         self.register_buffer("labels", torch.full((0,), -1))
         self.register_buffer("alpha", torch.tensor(float(alpha)))
@@ -56,7 +58,8 @@ class CacheAdapter(nn.Module):
 
     def affinity(self, image_features: torch.Tensor) -> torch.Tensor:
         """(…, E) of unit length -> (…, N) cosines with the keys."""
-        return image_features.to(self.keys.dtype) @ nn.functional.normalize(self.keys, dim=-1).t()
+        keys = nn.functional.normalize(self.keys, dim=-1) if self.unit_length else self.keys
+        return image_features.to(keys.dtype) @ keys.t()
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         """(…, E) image features of unit length -> (…, C), to be added to the logits."""
@@ -69,13 +72,19 @@ class CacheAdapter(nn.Module):
         return alpha * summed.index_add(-1, labels, (-beta * (1 - affinity)).exp())[..., :-1]
 
     @torch.no_grad()
-    def search(self, image_features: torch.Tensor, logits: torch.Tensor, label: torch.Tensor) -> None:
-        """Choose alpha and beta from a grid by accuracy on N validation images; of equals the smallest.
+    def search(
+        self,
+        image_features: torch.Tensor,
+        logits: torch.Tensor,
+        label: torch.Tensor,
+        grid: Sequence[tuple[float, float]] = GRID,
+    ) -> None:
+        """Choose alpha and beta from pairs of them by accuracy on N validation images; of equals the first.
 
         Takes (N, E) features of unit length and (N, C) logits without the cache; prints what was chosen.
         """
         affinity, accuracy = self.affinity(image_features), {}
-        for alpha, beta in product(ALPHAS, BETAS):
+        for alpha, beta in grid:
             scores = logits + self.cache_logits(affinity, torch.tensor(alpha), torch.tensor(beta))
             accuracy[alpha, beta] = 100 * (scores.argmax(dim=1) == label).float().mean().item()
         alpha, beta = best = max(accuracy, key=accuracy.get)

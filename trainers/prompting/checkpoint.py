@@ -142,6 +142,7 @@ class Checkpointer:
     stage_keys: Sequence[str]  # config keys that decide which epoch belongs to which stage
     fingerprint: str  # of the backbone's weights
     warnings: list[str] = field(default_factory=list)  # settings that differ between a loaded model's run and this one
+    trained_with: dict[str, Any] = field(default_factory=dict)  # config keys of a loaded model's run
     last_checkpoint: tuple[str, int] = ("", 0)  # path and epoch
     _best: Optional[dict[str, Any]] = None  # state of the best epoch, so that every checkpoint restores it
     _last_epoch_state: Optional[dict[str, Any]] = None  # of the last epoch, if no checkpoint holds it
@@ -204,7 +205,7 @@ class Checkpointer:
         """
         path, checkpoint = load_checkpoint(directory, epoch)
         before, now = self._settings(checkpoint, path)
-        name = self.cfg.TRAINER.NAME
+        self.trained_with, name = before, self.cfg.TRAINER.NAME
         if before["TRAINER.NAME"] != name:
             raise UserError(
                 f"{path} was trained with --trainer {before['TRAINER.NAME']}, not {name}: name that trainer"
@@ -259,7 +260,7 @@ class Checkpointer:
             self._write(self._best, directory, BEST)
         elif not here:
             checkpoint = {**checkpoint, "best_result": None}
-        states = checkpoint.get("parts") or {"collapse": checkpoint.get("watch")}  # "watch": of an earlier version
+        states = checkpoint.get("parts") or {}
         for name, part in self.parts.items():
             if same and states.get(name):
                 part.load_state_dict(states[name])
@@ -279,11 +280,12 @@ class Checkpointer:
         remedy = "choose another --output-dir or delete that folder" if every_key else elsewhere
         if checkpoint.get("classnames", self.classnames) != self.classnames:
             raise UserError(f"{path} was trained on other classes: {remedy}")
-        keys = [*IDENTITY, *(key for key in sorted(before.keys() | now.keys()) if not key.startswith(FREE_KEYS))]
+        # A key that one of them lacks is of another version of the code, or of another method.
+        keys = [*IDENTITY, *(key for key in sorted(before.keys() & now.keys()) if not key.startswith(FREE_KEYS))]
         for key in keys if every_key else (*IDENTITY, *self.stage_keys):
             if before.get(key) != now.get(key):
                 raise UserError(f"{path} was trained with {key} {before.get(key)}, now it is {now.get(key)}: {remedy}")
-        return all(before.get(key) == now.get(key) for key in keys)
+        return all(before[key] == now[key] for key in keys)
 
     def _load_learned(self, checkpoint: dict[str, Any], path: str) -> None:
         """Load a checkpoint's parameters into the current classes. Raises UserError where they do not fit."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -36,18 +36,20 @@ def patch_dassl_warmup() -> None:
     warmup.__init__ = init
 
 
-def build_optimizer(module: nn.Module, cfg: CfgNode, rates: Mapping[nn.Parameter, float]) -> torch.optim.Optimizer:
-    """Dassl's optimizer for ``cfg.OPTIM``. Parameters in ``rates`` learn at their own rate, without weight decay.
+def build_optimizer(module: nn.Module, cfg: CfgNode, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Dassl's optimizer for ``cfg.OPTIM``; ``groups`` are parameters of the module with options of their own.
 
-    The schedule scales these rates too. Raises UserError where this Dassl (0.5) has no parameter groups for them.
+    Raises UserError where this Dassl (0.5) has no parameter groups for them.
     """
-    if not rates:
+    if not groups:
         return dassl_build_optimizer(module, cfg)
     if len(inspect.signature(dassl_build_optimizer).parameters) < 3:
-        raise UserError("parameters with their own learning rates need Dassl.pytorch 0.6.3 or newer: update Dassl")
-    own = [{"params": [p], "lr": lr, "own_lr": lr, "weight_decay": 0} for p, lr in rates.items()]
-    others = {"params": [p for p in module.parameters() if all(p is not q for q in rates)]}
-    return dassl_build_optimizer(module, cfg, [others, *own])
+        raise UserError("parameters with their own optimizer options need Dassl.pytorch 0.6.3 or newer: update Dassl")
+    own = {parameter for group in groups for parameter in group["params"]}
+    others = {"params": [parameter for parameter in module.parameters() if parameter not in own]}
+    # "own_lr" tells the schedule of a stage what to scale
+    rated = [{**group, "own_lr": group["lr"]} if "lr" in group else group for group in groups]
+    return dassl_build_optimizer(module, cfg, [*([others] if others["params"] else []), *rated])
 
 
 def grad_scaler() -> Any:

@@ -7,13 +7,16 @@ import random
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Optional
 
 import numpy as np
 import torch
 from dassl.data import DatasetWrapper
 from dassl.data.data_manager import build_data_loader
+from dassl.data.transforms import build_transform
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import BatchSampler, DataLoader, get_worker_info
 from tqdm import tqdm
@@ -87,13 +90,50 @@ def decoded_size(paths: Sequence[str], limit: float) -> Optional[int]:
     return total
 
 
+@dataclass
+class DrawnImage:
+    """A training image that is drawn instead of read; the attributes are those of Dassl's ``Datum``."""
+
+    image: Image.Image
+    label: int
+    classname: str
+    domain: int = 0
+    impath: str = "a drawn image"
+
+
+def drawn_items(images: torch.Tensor, classnames: Sequence[str]) -> list[DrawnImage]:
+    """(C, 3, H, W) images of C classes, RGB in [0, 1], as items of a data set; none for an empty tensor."""
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy() if len(images) else []
+    return [DrawnImage(Image.fromarray(array), i, name) for i, (array, name) in enumerate(zip(pixels, classnames))]
+
+
+def image_of(item: Any) -> Image.Image:
+    """The decoded image of an item of a data set."""
+    return item.image if isinstance(item, DrawnImage) else read_image(item.impath)
+
+
+def training_loader(cfg: CfgNode, items: Sequence[Any]) -> DataLoader:
+    """Dassl's loader of training images, for other items than those of the data set."""
+    options = cfg.DATALOADER.TRAIN_X
+    sampling = {"batch_size": options.BATCH_SIZE, "n_domain": options.N_DOMAIN, "n_ins": options.N_INS}
+    transform = build_transform(cfg, is_train=True)
+    return build_data_loader(
+        cfg, options.SAMPLER, items, **sampling, tfm=transform, is_train=True, dataset_wrapper=ImageDataset
+    )
+
+
 class ImageDataset(DatasetWrapper):
-    """Dassl's data set, with images read by :func:`read_image` and decoded once where memory allows."""
+    """Dassl's data set, with images read by :func:`read_image` and decoded once where memory allows.
+
+    Args:
+        view: number of a pass, which together with the seed and the image decides the augmentation; None: random.
+    """
 
     decoded: Optional[list[Image.Image]] = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, view: Optional[int] = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.view = view
         self.epoch = torch.zeros((), dtype=torch.int64)
         if self.is_train and self.cfg.DATALOADER.NUM_WORKERS > 0:
             self.epoch.share_memory_()  # persistent workers see a new epoch through this
@@ -106,17 +146,18 @@ class ImageDataset(DatasetWrapper):
 
     def decode(self, limit: float) -> None:
         """Keep all images decoded unless they take more than ``limit`` bytes; forked workers share that memory."""
-        paths = [item.impath for item in self.data_source]
-        if limit and decoded_size(paths, limit):
+        items = self.data_source
+        if limit and decoded_size([item.impath for item in items if not isinstance(item, DrawnImage)], limit):
             with ThreadPoolExecutor() as pool:
-                images = pool.map(read_image, paths)
-                self.decoded = list(tqdm(images, "decoding", len(paths), leave=False, disable=None))
+                images = pool.map(image_of, items)
+                self.decoded = list(tqdm(images, "decoding", len(items), leave=False, disable=None))
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
         if callable(self.transform) and not self.return_img0:
             item = self.data_source[idx]
-            image = read_image(item.impath) if self.decoded is None else self.decoded[idx]
-            image = self._transform_image(self.transform, image)
+            image = image_of(item) if self.decoded is None else self.decoded[idx]
+            with nullcontext() if self.view is None else seeded_view(self.cfg.SEED, idx, self.view):
+                image = self._transform_image(self.transform, image)
             return {"label": item.label, "domain": item.domain, "impath": item.impath, "index": idx, "img": image}
         try:
             return super().__getitem__(idx)
@@ -125,10 +166,10 @@ class ImageDataset(DatasetWrapper):
             raise
 
 
-def ordered_loader(cfg: CfgNode, items: Sequence[Any], transform: Any) -> DataLoader:
-    """A loader of images in their order, without augmentation."""
-    sizes = {"batch_size": cfg.DATALOADER.TEST.BATCH_SIZE, "is_train": False}
-    return build_data_loader(cfg, data_source=items, tfm=transform, dataset_wrapper=ImageDataset, **sizes)
+def ordered_loader(cfg: CfgNode, items: Sequence[Any], transform: Any, view: Optional[int] = None) -> DataLoader:
+    """A loader of images in their order."""
+    sizes, wrapper = {"batch_size": cfg.DATALOADER.TEST.BATCH_SIZE, "is_train": False}, partial(ImageDataset, view=view)
+    return build_data_loader(cfg, data_source=items, tfm=transform, dataset_wrapper=wrapper, **sizes)
 
 
 def index_loader(items: Sequence[Any], batch_size: int) -> DataLoader:
@@ -156,6 +197,11 @@ def handle_last_batch(loader: DataLoader, drop_last: bool) -> DataLoader:
 def seed_of(key: str) -> int:
     """A seed below 2**32 that depends on ``key`` alone."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")
+
+
+def seeded_view(seed: int, index: int, view: int) -> AbstractContextManager[None]:
+    """Seed the augmentation of a training image in one of its views or passes."""
+    return seeded(seed_of(f"{max(seed, 0)}/{index}/{view}"))
 
 
 @contextmanager

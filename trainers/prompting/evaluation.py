@@ -166,11 +166,13 @@ class FewShotFeatures:
 
     dataset: Any
     name: str
-    loader: Callable[[Sequence[Any]], Iterable[dict[str, Any]]]  # of images, without augmentation
+    loader: Callable[..., Iterable[dict[str, Any]]]  # of images, without augmentation or in an augmented ``view``
     encode: Callable[[torch.Tensor], torch.Tensor]  # (B, 3, H, H) pixels -> (B, E) features
 
-    def train_features(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._features(self.dataset.train_x)
+    def train_features(self, passes: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        views = range(passes) if passes else [None]
+        features, labels = zip(*(self._features(self.dataset.train_x, view) for view in views))
+        return sum(features) / len(features), labels[0]
 
     def val_features(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._features(self.dataset.val)
@@ -182,9 +184,9 @@ class FewShotFeatures:
             raise UserError(f"{setting}: {self.name} has no validation images of its own; {remedy} instead")
 
     @torch.no_grad()
-    def _features(self, items: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _features(self, items: Sequence[Any], view: Optional[int] = None) -> tuple[torch.Tensor, torch.Tensor]:
         features, labels = [], []
-        for batch in tqdm(self.loader(items), desc="features", disable=None, leave=False):
+        for batch in tqdm(self.loader(items, view), desc="features", disable=None, leave=False):
             features.append(self.encode(batch["img"]).float())
             labels.append(batch["label"])
             check_scores(features[-1], batch["impath"], "features")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .backbone import Backbone
-from .data import read_image, seed_of, seeded
+from .data import image_of, seeded_view
 from .feature_store import FeatureStore, digest
 from .paste import paste, uniform_of_paths
 
@@ -161,11 +161,11 @@ class ViewCache:
 
     def pixels(self, i: int, view: int) -> Tensor:
         """(3, H, W) of a view."""
-        image = self._decoded.get(i) or read_image(self.items[i].impath)
+        image = self._decoded.get(i) or image_of(self.items[i])
         size = 3 * image.width * image.height
         if i not in self._decoded and self._room >= size:
             self._decoded[i], self._room = image, self._room - size
-        with seeded(seed_of(f"{self.seed}/{i}/{view}")):
+        with seeded_view(self.seed, i, view):
             return self.transform(image)
 
     def look_up(self, keys: Sequence[Key], blocks: Optional[Tensor] = None) -> Tensor:

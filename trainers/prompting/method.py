@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Optional, Protocol
+from typing import Any, Optional, Protocol
 
 import torch
 import torch.nn as nn
@@ -53,8 +53,11 @@ class Comparison:
 class TrainingData(Protocol):
     """What :meth:`Method.fit` and the stages of a method get to see of a data set."""
 
-    def train_features(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, E) features of the training images without augmentation, float32, not of unit length; (N,) labels."""
+    def train_features(self, passes: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, E) features of the training images, float32, not of unit length; (N,) labels.
+
+        Without augmentation, or the mean over a number of augmented passes.
+        """
 
     def val_features(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The same of the validation images; needs :meth:`Method.validation`."""
@@ -111,6 +114,11 @@ class Method(nn.Module):
         """The setting that needs validation images and the remedy where there are none; None: nothing needs them."""
         return None
 
+    @classmethod
+    def drawn_images(cls, cfg: CfgNode, classnames: Sequence[str]) -> torch.Tensor:
+        """(C, 3, H, W), RGB in [0, 1]: one more training image per class, which no file holds; by default none."""
+        return torch.empty(0)
+
     @property
     def options(self) -> CfgNode:
         """The method's own config node, for example ``cfg.TRAINER.COOP``."""
@@ -132,9 +140,12 @@ class Method(nn.Module):
         """The stages of training; their epochs add up to ``OPTIM.MAX_EPOCH``."""
         return [Stage(self.cfg.OPTIM.MAX_EPOCH, self.cfg.OPTIM.LR)]
 
-    def learning_rates(self) -> dict[nn.Parameter, float]:
-        """Parameters that do not learn at ``OPTIM.LR``, with their rates; they get no weight decay."""
-        return {}
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameters with optimizer options of their own, as torch's groups (``params``, ``lr``, ``weight_decay``, …).
+
+        The schedule of ``OPTIM`` scales an ``lr`` too. All other parameters learn with the options of ``OPTIM``.
+        """
+        return []
 
     def fit(self, data: TrainingData) -> float:
         """Learn without gradients, in place of all epochs; returns the accuracy on training images in percent."""

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 NAME = "results.json"
-TEMPORARY = re.compile(r"\..+-[0-9a-f]{12}\.tmp|model.*\.tmp")  # the second form: of older versions
+TEMPORARY = re.compile(r"\..+-[0-9a-f]{12}\.tmp")
 
 
 def write_results(folder: str, results: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from .backbone import Backbone, check_name, load_clip, preprocessing
 from .checkpoint import BEST, PROMPT_LEARNER, Checkpointer
 from .config import DASSL_RULES, SHARED_KEYS, rules_of, user_error_messages, violations
 from .dassl_compat import build_optimizer, dassl_errors, grad_scaler, patch_dassl_warmup
-from .data import ImageDataset, handle_last_batch, index_loader, ordered_loader
+from .data import ImageDataset, drawn_items, handle_last_batch, index_loader, ordered_loader, training_loader
 from .errors import UserError
 from .evaluation import Evaluation, FewShotFeatures, ImageSource, evaluate
 from .hooks import CollapseMonitor, EpochTimer, FiniteGuard, StageSchedule
@@ -65,8 +65,12 @@ class PromptTrainer(TrainerX):
         loaders = ("train_loader_x", "train_loader_u", "val_loader", "test_loader")
         for name in (*loaders, "num_classes", "num_source_domains", "lab2cname"):
             setattr(self, name, getattr(self.dm, name))
+        drawn = drawn_items(self.method_class.drawn_images(self.cfg, self.classnames), self.classnames)
+        self.train_items = [*self.dm.dataset.train_x, *drawn]
         if self.method_class.views(self.cfg):
-            self.train_loader_x = index_loader(self.dm.dataset.train_x, self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE)
+            self.train_loader_x = index_loader(self.train_items, self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE)
+        elif drawn:
+            self.train_loader_x = training_loader(self.cfg, self.train_items)
         self.train_loader_x = handle_last_batch(self.train_loader_x, self.cfg.TRAIN.DROP_LAST)
 
     def build_model(self) -> None:
@@ -79,15 +83,15 @@ class PromptTrainer(TrainerX):
         self.data = FewShotFeatures(self.dm.dataset, cfg.DATASET.NAME, self._ordered_loader, self._encode)
         self.guard, self.timer, self.monitor = FiniteGuard(), EpochTimer(), CollapseMonitor(self.num_classes)
         if views := self.method_class.views(cfg):
-            items, transform, room = self.dm.dataset.train_x, build_transform(cfg, is_train=True), cfg.TRAIN.DECODED_GB
-            self.view_cache = ViewCache(self.backbone, items, transform, views, max(cfg.SEED, 0), room * 2**30)
+            transform, room = build_transform(cfg, is_train=True), cfg.TRAIN.DECODED_GB * 2**30
+            self.view_cache = ViewCache(self.backbone, self.train_items, transform, views, max(cfg.SEED, 0), room)
         learned = self.model.learned
         if learned is None:
             return
         if cfg.MODEL.INIT_WEIGHTS:
             load_init_weights(learned, cfg.MODEL.INIT_WEIGHTS)
         patch_dassl_warmup()
-        self.optim = build_optimizer(learned, cfg.OPTIM, self.model.learning_rates())
+        self.optim = build_optimizer(learned, cfg.OPTIM, self.model.parameter_groups())
         self.fits = type(self.model).fit is not Method.fit
         self.max_epoch = 1 if self.fits else self.max_epoch
         stages, stage_keys = [] if self.fits else self.model.stages(), self.model.stage_keys
@@ -243,8 +247,8 @@ class PromptTrainer(TrainerX):
         with self.autocast:
             return self.model.score(ImageBatch(self.backbone, image, [""] * len(image)), self.model.text_features())
 
-    def _ordered_loader(self, items: Any) -> Any:
-        return ordered_loader(self.cfg, items, build_transform(self.cfg, is_train=False))
+    def _ordered_loader(self, items: Any, view: Optional[int] = None) -> Any:
+        return ordered_loader(self.cfg, items, build_transform(self.cfg, is_train=view is not None), view)
 
     def _encode(self, image: torch.Tensor) -> torch.Tensor:
         with self.autocast:
@@ -327,12 +331,13 @@ def write_run_results(trainer: PromptTrainer) -> None:
     """Write ``results.json`` and print the line that ends a run."""
     cfg, evaluation, saved = trainer.cfg, trainer.evaluation or Evaluation("", {}), trainer.checkpointer
     warnings = [*(saved.warnings if saved else []), *(trainer.sched.warnings if trainer.training else [])]
+    trained_with = saved.trained_with if saved else {}  # of a loaded model: its shots and seed, not the command's
     run = {
         "trainer": cfg.TRAINER.NAME,
         "dataset": cfg.DATASET.NAME,
         "subsample_classes": cfg.DATASET.get("SUBSAMPLE_CLASSES", "all"),
-        "shots": cfg.DATASET.NUM_SHOTS,
-        "seed": cfg.SEED,
+        "shots": trained_with.get("DATASET.NUM_SHOTS", cfg.DATASET.NUM_SHOTS),
+        "seed": trained_with.get("SEED", cfg.SEED),
         "backbone": " ".join(filter(None, (cfg.MODEL.BACKBONE.NAME, os.path.basename(cfg.MODEL.BACKBONE.WEIGHTS)))),
         "trained": trainer.training,
         "epochs": trainer.epoch + 1 if saved else 0,
