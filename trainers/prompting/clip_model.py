@@ -65,7 +65,8 @@ class Backbone(nn.Module):
             self.context_length, self.n_head = len(tower.positional_embedding), self.blocks[0].attn.num_heads
         else:
             self.text = _without(model, "visual", "text_decoder")
-            self.context_length = min(tower.context_length, self.tokenizer.context_length)
+            lengths = getattr(tower, "context_length", 0), self.tokenizer.context_length
+            self.context_length = min(filter(None, lengths))  # T5's positions have no limit: 0
         resolution = getattr(self.visual, "input_resolution", None) or self.visual.image_size
         self.input_resolution = int(resolution[0] if isinstance(resolution, (tuple, list)) else resolution)
         self.pixel_mean = tuple(getattr(self.visual, "image_mean", None) or PIXEL_MEAN)
