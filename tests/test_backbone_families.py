@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib.util
 import json
 import math
 import shutil
@@ -18,8 +19,8 @@ from families import FAMILIES, SIZE, save_small
 from helpers import one_line
 from safetensors.torch import load_file, save_file
 
+import backbones
 import trainers
-from backbones import built
 from datasets import shapes
 from trainers.predictor import Predictor
 from trainers.prompting import trainer as trainer_module
@@ -68,7 +69,7 @@ def test_every_architecture_is_accepted_on_the_meta_device():
         text, size = config["text_cfg"], config["vision_cfg"]["image_size"]
         length = text.get("context_length", 77)
         try:
-            model = built(arch)
+            model = backbones.built(arch)
         except RuntimeError as error:
             assert "hf_model_name" in text and "pip install transformers" in str(error)
             refused.append(arch)
@@ -301,3 +302,18 @@ def test_half_precision_differs_by_rounding_only(loaded, family, dtype):
     for cast, exact in zip((half.encode_image(images), encode_texts(half, NAMES)),
                            (full.encode_image(images), encode_texts(full, NAMES))):  # fmt: skip
         assert F.cosine_similarity(cast.float(), exact).min() > 0.995
+
+
+def test_tool_lists_architectures_and_scores(loaded, data, monkeypatch, capsys):
+    monkeypatch.setattr(open_clip, "list_models", lambda: ["RN50", "ViT-B-16-SigLIP", "coca_roberta-ViT-B-32"])
+    name = loaded("SigLIP")[0]
+    assert backbones.main([name, "--root", str(data)]) == 0
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    found = {row[0]: row[1:] for row in rows}
+    assert found["tiny"][:3] == ["96", "causal, [EOT]", "fast"] and float(found["tiny"][5]) > 80
+    assert found[name][:3] == [str(SIZE), "bidirectional, last token", "plain"] and 0 <= float(found[name][5]) <= 100
+    assert found["RN50"] == ["224", "causal, [EOT]", "fast", "102", "included", ""]
+    assert found["ViT-B-16-SigLIP"][1:5] == ["bidirectional, last token", "plain", "203", "transformers"]
+    if not importlib.util.find_spec("transformers"):
+        assert "pip install transformers" in rows[-1][0] and rows[-1][0].endswith("nearest that works: RN50")
+    assert backbones.main(["nonsense"]) == 2 and "neither" in capsys.readouterr().err
