@@ -52,6 +52,16 @@ def test_every_kind_of_file_gives_the_same_model(arch, tmp_path):
     assert torch.equal(load_clip(plain).visual.conv1.weight, state["visual.conv1.weight"])  # not rounded to float16
 
 
+def test_openai_layout_is_on_the_fast_path(clip_file):
+    backbone = load_clip(clip_file)
+    assert backbone.causal_text and (backbone.n_features, backbone.text_width) == (24, 64)
+    state = clip_state_dict("vit")
+    state["token_embedding.weight"] = torch.randn(50000, 64)  # of another tokenizer
+    path = Path(clip_file).parent / "other.pt"
+    torch.save(state, path)
+    assert "its text encoder is not OpenAI's" in one_line(lambda: load_clip(str(path)))
+
+
 def test_backbone_is_frozen_in_eval_mode(rn_file):
     backbone = load_clip(rn_file)
     backbone.train()
@@ -95,17 +105,32 @@ def test_unreadable_weights_are_refused(tmp_path, clip_file):
         assert "OpenAI's layout" in one_line(lambda: load_clip(str(path)))
 
 
-def test_other_text_towers_are_refused():
+def test_text_towers_that_are_not_openai_s_run_as_they_are():
     from open_clip.model import CLIP
     from open_clip.tokenizer import SimpleTokenizer
 
     vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
     text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
-    module.Backbone(CLIP(24, vision, text), SimpleTokenizer(), "plain")
-    for change in ({"no_causal_mask": True}, {"pool_type": "last"}, {"vocab_size": 32000}):
-        model = CLIP(24, vision, {**text, **change})
-        message = one_line(lambda m=model: module.Backbone(m, SimpleTokenizer(), "other"))
-        assert "other" in message and "text transformer" in message
+    eos = {"pool_type": "eos", "eos_id": 49407}
+    for change, causal in (({}, True), (eos, True), ({"no_causal_mask": True}, False), ({"pool_type": "last"}, False)):
+        backbone = module.probed(CLIP(24, vision, {**text, **change}), SimpleTokenizer(), "other")
+        assert backbone.causal_text is causal, change
+    message = one_line(lambda: module.Backbone(CLIP(24, vision, {**text, "vocab_size": 32000}), SimpleTokenizer(), "x"))
+    assert "MODEL.BACKBONE.NAME x: its text transformer has 32000 tokens" in message
+
+    class Reversed(CLIP):
+        """Its text features are not those of its parts."""
+
+        def encode_text(self, text, normalize=False):
+            return super().encode_text(text).flip(-1)
+
+    model = Reversed(24, vision, text)
+    backbone = module.probed(model, SimpleTokenizer(), "other")
+    assert not backbone.causal_text
+    ids = torch.tensor([backbone.tokenizer.padded("a cup", 77)])
+    torch.testing.assert_close(
+        encode_texts(backbone, ["a cup"])[0], model.encode_text(ids)[0] / model.encode_text(ids).norm()
+    )
 
 
 @pytest.mark.parametrize(

@@ -65,10 +65,10 @@ def naive_prompt(backbone, ctx, name, position="end"):
     """[SOS], context and name, full stop, [EOT] and padding up to 77 tokens; the position of [EOT]."""
     embed, encode, name = backbone.token_embedding, backbone.tokenizer.encode, name.replace("_", " ")
     name_ids = encode(name)
-    rest = [*encode(name + "."), backbone.eot_token][len(name_ids) :]
+    rest = [*encode(name + "."), backbone.tokenizer.eot][len(name_ids) :]
     words, tail, half = embed(torch.tensor(name_ids)), embed(torch.tensor(rest)), len(ctx) // 2
     orders = {"end": [ctx, words], "middle": [ctx[:half], words, ctx[half:]], "front": [words, ctx]}
-    prompt = torch.cat([embed(torch.tensor([backbone.sot_token])), *orders[position], tail])
+    prompt = torch.cat([embed(torch.tensor(backbone.tokenizer.head)), *orders[position], tail])
     padding = embed(torch.zeros(77 - len(prompt), dtype=torch.long))
     return torch.cat([prompt, padding]), len(prompt) - 1
 

@@ -67,6 +67,11 @@ def zero_shot(trainer: Any) -> dict[str, torch.Tensor]:
     return {"name": name, **{key: torch.cat(pieces) for key, pieces in found.items()}}
 
 
+def reading_score(values: dict[str, torch.Tensor]) -> float:
+    """Share in % of pairs of a test image and a class for which an image of the class name is closer to the prompt."""
+    return 100 * (values["cosine"] <= values["name"]).float().mean().item()
+
+
 def draw(values: dict[str, torch.Tensor], classnames: Sequence[str], path: str) -> None:
     """Both panels."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
@@ -106,7 +111,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     label, closer = values["label"], (values["cosine"] > values["name"]).float()
-    share, firsts = 100 * (1 - closer.mean()), int((closer.sum(dim=0) == 0).sum())
+    share, firsts = reading_score(values), int((closer.sum(dim=0) == 0).sum())
     print(f"(a) Images of class names are closer to their prompts than {share:.1f} % of the {len(label)} test images,")
     print(f"and the closest of all for {firsts} of {closer.shape[1]} classes.\n\n(b)")
     plain, rows = values["none"][range(len(label)), label], []

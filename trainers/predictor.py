@@ -141,7 +141,8 @@ class Predictor:
         kind = known[name]
         folder, checkpoint = _find_model(model_dir, epoch) if kind.method_class.learns else (model_dir, {})
         self.classnames = self._choose_classes(classnames, model_dir, folder, checkpoint)
-        cfg.MODEL.BACKBONE.NAME = backbone or cfg.MODEL.BACKBONE.NAME
+        if backbone:
+            cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS = backbone, ""
         cfg.OUTPUT_DIR, cfg.MODEL.INIT_WEIGHTS, cfg.TRAINER.LOGOPROMPT.VIEWS = os.devnull, "", 0  # concern training
         cfg.TRAIN.COMPILE = False  # takes minutes
         cfg.freeze()

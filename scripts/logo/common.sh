@@ -26,6 +26,7 @@ FEATURES=${FEATURES-$OUTPUT/features.sqlite}
 if [ -n "$FEATURES" ]; then FEATURES=$(absolute "$FEATURES"); fi # shared by all runs
 BACKBONE=${BACKBONE:-}
 if [ -f "$BACKBONE" ] || [[ $BACKBONE == "~"/* ]]; then BACKBONE=$(absolute "$BACKBONE"); fi
+case $BACKBONE in local-dir:*) BACKBONE=local-dir:$(absolute "${BACKBONE#local-dir:}") ;; esac
 TRAINER=${TRAINER:-LoGoPrompt}
 SHOTS=${SHOTS:-16}
 ASKED_CFG=${CFG:-}

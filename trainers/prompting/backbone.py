@@ -1,9 +1,10 @@
 """One door to CLIP weights.
 
 ``load_clip(name)`` accepts ``tiny`` (the small CLIP of ``toy/``), an OpenAI name (``RN50``, ``ViT-B/16``, …), a path to
-an OpenAI archive or to a state dict in OpenAI's layout (``.pt``, ``.pth``, ``.bin``, ``.safetensors``), or
-``arch/pretrained-tag`` of open_clip. The model classes come from the installed ``clip`` package (OpenAI's, or the one
-bundled with CoOp) when it can be imported, otherwise from ``open_clip``; the features are the same.
+an OpenAI archive or to a state dict in OpenAI's layout (``.pt``, ``.pth``, ``.bin``, ``.safetensors``), and what
+open_clip knows: ``arch/pretrained-tag``, ``arch`` with a file of weights, ``hf-hub:org/model`` or ``local-dir:FOLDER``.
+For OpenAI's layout the model classes come from the installed ``clip`` package (OpenAI's, or the one bundled with CoOp)
+when it can be imported, otherwise from ``open_clip``; the features are the same.
 """
 
 from __future__ import annotations
@@ -11,15 +12,28 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import json
 import os
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-from .errors import UserError
+from .clip_model import Backbone
+from .errors import UserError, on_one_line
+from .open_clip_models import (
+    CONFIG,
+    FOLDER,
+    SCHEMATA,
+    check_model,
+    config_of,
+    create,
+    name_error,
+    normalisation_of,
+    read_config,
+)
+from .text_encoder import encode_texts
 from .weights import is_torchscript, load_tensors
 
 # OpenAI's names, open_clip's for the same architectures, and the checksum (SHA-256) of OpenAI's file.
@@ -34,157 +48,72 @@ OPENAI_MODELS = {
     "ViT-L/14": ("ViT-L-14", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
     "ViT-L/14@336px": ("ViT-L-14-336", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
 }
-# Normalisation of OpenAI's weights, and of others in their layout.
-PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+RESOLUTIONS = {"tiny": 96, "RN50x4": 288, "RN50x16": 384, "RN50x64": 448, "ViT-L/14@336px": 336}  # the others': 224
 CACHE = os.path.join("~", ".cache", "clip")  # OpenAI's files, for both packages
 # The weights of the toy world; a drop-in does not copy them.
 TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "toy", "tiny_clip.pt")
+PROBE = "a photo of a dog."
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # in OpenAI's archives
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer norm computed in float32 at least, returned in the precision of its input."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
-        return nn.functional.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
-
-
-class Backbone(nn.Module):
-    """A frozen CLIP: image encoder f, text encoder g and the temperature, from either package.
-
-    Attributes:
-        visual: image encoder, (B, 3, H, H) normalised images -> (B, E) features.
-        token_embedding, positional_embedding, blocks, ln_final, text_projection, n_head: the text encoder, which
-            ``text_encoder.py`` runs on embeddings and on fewer than ``context_length`` positions.
-        n_features: E, size of the features; text_width: D, size of the text encoder's embeddings.
-        logit_scale: log(1/tau), a scalar parameter.
-        input_resolution: H, in pixels.
-        pixel_mean, pixel_std: of RGB in [0, 1], as in its pre-training.
-        context_length: maximum tokens of a prompt, [SOS] and [EOT] included (77 for CLIP).
-        tokenizer: the package's ``SimpleTokenizer``; sot_token, eot_token: ids of [SOS] and [EOT].
-    """
-
-    def __init__(self, model: nn.Module, tokenizer: Any, name: str) -> None:
-        super().__init__()
-        parts = ("visual", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
-        blocks = getattr(getattr(model, "transformer", None), "resblocks", nn.ModuleList())
-        plain = (
-            all(getattr(model, part, None) is not None for part in parts)
-            and all(isinstance(getattr(block, "attn", None), nn.MultiheadAttention) for block in blocks)
-            and getattr(model, "attn_mask", ...) is not None  # open_clip: None where attention is not causal
-            and getattr(model, "text_pool_type", "argmax") == "argmax"
-            and model.token_embedding.num_embeddings == len(tokenizer.encoder)
-        )
-        if not plain:
-            remedy = "choose an OpenAI name or an open_clip architecture with one (ViT-B-16, RN50, …)"
-            raise _error(name, f"not a CLIP with OpenAI's text transformer; {remedy}")
-        self.name, self.tokenizer, self.blocks = name, tokenizer, blocks
-        for part in ("visual", "token_embedding", "positional_embedding", "ln_final", "logit_scale"):
-            setattr(self, part, getattr(model, part))
-        projection = model.text_projection
-        self.text_projection = nn.Parameter(projection.weight.t()) if isinstance(projection, nn.Linear) else projection
-        # The packages spell the special tokens differently; in both they are the last two of the vocabulary.
-        self.sot_token, self.eot_token = len(tokenizer.encoder) - 2, len(tokenizer.encoder) - 1
-        resolution = getattr(self.visual, "input_resolution", None) or self.visual.image_size
-        self.input_resolution = int(resolution[0] if isinstance(resolution, (tuple, list)) else resolution)
-        self.pixel_mean = tuple(getattr(self.visual, "image_mean", None) or PIXEL_MEAN)
-        self.pixel_std = tuple(getattr(self.visual, "image_std", None) or PIXEL_STD)
-        self.context_length = int(self.positional_embedding.shape[0])
-        self.n_head = blocks[0].attn.num_heads
-        self.text_width, self.n_features = self.text_projection.shape
-        for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.__class__ = LayerNorm  # the packages' own cast differently, and refuse float64
-        self.visual.to(memory_format=torch.channels_last)  # a quarter less time on a CPU (tiny, float32)
-        self.requires_grad_(False)
-        self.fingerprint = self._digest()  # of the weights as loaded, whatever precision they are cast to
-        self.eval()
-
-    def train(self, mode: bool = True) -> Backbone:
-        """Stay in eval mode: the encoders are frozen, their BatchNorm statistics too."""
-        return super().train(False)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the text encoder's weights: float32 unless :meth:`cast_weights` changed it."""
-        return self.blocks[0].mlp.c_fc.weight.dtype
-
-    def cast_weights(self, dtype: torch.dtype) -> Backbone:
-        """Cast the same weights as OpenAI: convolutions, linear layers, attention, projections; norms stay float32.
-
-        With bfloat16, which has few digits, the text encoder stays as it is: gradients go through it.
-        """
-        kinds = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.MultiheadAttention)
-        modules = self.visual.modules() if dtype == torch.bfloat16 else self.modules()
-        cast = [p for module in modules if isinstance(module, kinds) for p in module.parameters(recurse=False)]
-        projection = self.text_projection if dtype != torch.bfloat16 else None
-        for parameter in (*cast, projection, getattr(self.visual, "proj", None)):
-            if isinstance(parameter, nn.Parameter):
-                parameter.data = parameter.data.to(dtype)
-        return self
-
-    def _digest(self) -> str:
-        """A short digest of the weights, from the first values of every tensor, in half precision."""
-        hashed = hashlib.blake2b(digest_size=8)
-        for name, value in sorted(self.state_dict().items()):
-            hashed.update(f"{name} {tuple(value.shape)}".encode())
-            hashed.update(value.flatten()[:16].detach().cpu().half().numpy().tobytes())
-        return hashed.hexdigest()
-
-    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, H) normalised images -> (B, E) image features, not of unit length (as CLIP's own method)."""
-        first = next(m for m in self.visual.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
-        features = self.visual(image.to(first.weight.dtype))
-        return features.float() if features.dtype == torch.bfloat16 else features
-
-    def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-        """cos(f(x), g(p_c)) / tau: features (…, E) and (C, E) of unit length -> (…, C), in float32 at least.
-
-        With text features per image, (B, C, E), the image features are (B, 1, E) and the result (B, 1, C).
-        """
-        dtype = torch.promote_types(image_features.dtype, torch.float32)
-        with torch.autocast(image_features.device.type, enabled=False):
-            return self.logit_scale.to(dtype).exp() * image_features.to(dtype) @ text_features.to(dtype).mT
-
-
-def load_clip(name: str, provider: str = "auto", quick_gelu: bool = True) -> Backbone:
+def load_clip(name: str, provider: str = "auto", quick_gelu: bool = True, weights: str = "") -> Backbone:
     """Load CLIP weights in float32; ``name`` is ``MODEL.BACKBONE.NAME``, see the top of this file.
 
     The provider is ``"clip"``, ``"open_clip"`` or ``"auto"`` (``clip`` when importable, else ``open_clip``).
     ``quick_gelu`` is the activation of weights given by path, unless an ``open_clip_config.json`` next to them tells.
+    ``weights`` is a file for an architecture of open_clip (``MODEL.BACKBONE.WEIGHTS``).
     """
-    check_name(name)
+    check_name(name, weights)
     path = TINY if name == "tiny" else _openai_file(name) if name in OPENAI_MODELS else os.path.expanduser(name)
     if not os.path.isfile(path):
-        return _from_open_clip(name)
-    backbone = _from_state_dict(_read_state_dict(path, name), name, provider)
-    if name not in (*OPENAI_MODELS, "tiny"):
-        _set_activation(backbone, path, quick_gelu)
+        made, source = create(name, os.path.expanduser(weights)), f"open_clip's config of {name}"
+        try:
+            backbone = probed(*made, name)
+        except (ValueError, RuntimeError, AssertionError, IndexError) as error:
+            raise name_error(name, f"does not work as a CLIP ({on_one_line(error)}); choose another model") from error
+    else:
+        backbone, source = _from_state_dict(_read_state_dict(path, name), name, provider), "OpenAI's"
+        if name not in (*OPENAI_MODELS, "tiny"):
+            folder, source = os.path.dirname(path), "MODEL.BACKBONE.QUICK_GELU"
+            if config := read_config(folder):
+                quick_gelu, source = config["model_cfg"].get("quick_gelu", False), os.path.join(folder, CONFIG)
+            _set_activation(backbone, quick_gelu)
+            backbone.pixel_mean, backbone.pixel_std = normalisation_of(config)
+    quick = any(type(module).__name__ == "QuickGELU" for module in backbone.modules())
+    print(f"Activation: {'QuickGELU' if quick else 'GELU'} ({source})")
     return backbone
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, weights: str = "") -> None:
     """Raise UserError for a name that denotes no weights, without loading any."""
-    openai, path = ", ".join(OPENAI_MODELS), os.path.expanduser(name)
+    path, openai = os.path.expanduser(name), ", ".join(OPENAI_MODELS)
     if not name:
-        raise UserError(f"MODEL.BACKBONE.NAME is empty: give one of {openai}, tiny, a path or arch/tag")
+        raise UserError(f"MODEL.BACKBONE.NAME is empty: give one of {openai}, tiny, a path or arch/tag of open_clip")
+    if weights and not os.path.isfile(os.path.expanduser(weights)):
+        raise UserError(f"MODEL.BACKBONE.WEIGHTS {weights}: no such file")
+    own = name == "tiny" or name in OPENAI_MODELS or os.path.isfile(path)
+    if weights and (own or name.startswith(SCHEMATA)):
+        raise name_error(name, "has weights of its own; MODEL.BACKBONE.WEIGHTS needs an architecture of open_clip")
     if name == "tiny" and not os.path.isfile(TINY):
-        raise _error(name, "its weights (toy/tiny_clip.pt) are not here; choose another backbone")
-    if name == "tiny" or name in OPENAI_MODELS or os.path.isfile(path):
+        raise name_error(name, "its weights (toy/tiny_clip.pt) are not here; choose another backbone")
+    if own:
         return
     if path.endswith((".pt", ".pth", ".bin", ".safetensors")) or os.path.isabs(path) or os.path.isdir(path):
-        raise _error(name, "no such file")
-    arch, _, tag = name.partition("/")
-    try:
-        open_clip = importlib.import_module("open_clip")
-    except ImportError as error:
-        raise _error(name, "not an OpenAI name, and open_clip is not installed") from error
-    if arch not in open_clip.list_models():
-        raise _error(name, f"neither tiny, nor one of {openai}, nor a file, nor arch/pretrained-tag of open_clip")
-    if tag not in (known := open_clip.list_pretrained_tags_by_model(arch)):
-        raise _error(name, f"open_clip's tags for {arch} are {', '.join(known) or '(none)'}")
+        folder = f"; for a folder with {CONFIG} write {FOLDER}{name}" if os.path.isdir(path) else ""
+        raise name_error(name, f"no such file{folder}")
+    check_model(name, weights, f"tiny, one of {openai}, a file")
+
+
+def preprocessing(name: str, weights: str = "") -> dict[str, tuple]:
+    """The ``INPUT`` keys of a backbone's images, without loading weights: PIXEL_MEAN, PIXEL_STD and, if known, SIZE."""
+    path, config, size = os.path.expanduser(name), {}, RESOLUTIONS.get(name, 224)
+    if os.path.isfile(path):
+        config, size = read_config(os.path.dirname(path)), None
+    elif name not in (*OPENAI_MODELS, "tiny"):
+        config = config_of(name, os.path.expanduser(weights))
+        size = config["model_cfg"]["vision_cfg"].get("image_size", 224)
+    found = dict(zip(("PIXEL_MEAN", "PIXEL_STD"), normalisation_of(config)))
+    return {**found, "SIZE": (size, size) if isinstance(size, int) else tuple(size)} if size else found
 
 
 def import_provider(provider: str = "auto") -> ModuleType:
@@ -201,7 +130,7 @@ def import_provider(provider: str = "auto") -> ModuleType:
             return package
         except Exception as error:  # noqa: BLE001 (anything, from another package)
             if provider == "clip":
-                fault = f"the clip package cannot be used ({_line(error)})"
+                fault = f"the clip package cannot be used ({on_one_line(error)})"
                 raise UserError(f"{fault}: pip install open_clip_torch") from error
     try:
         return importlib.import_module("open_clip")
@@ -217,32 +146,47 @@ def _from_state_dict(state_dict: dict[str, torch.Tensor], name: str, provider: s
             return _built("clip", "build_model", state_dict, name)
         except Exception as error:  # noqa: BLE001 (code bases derived from CoOp bundle copies that build other models)
             folder = os.path.dirname(str(package.__file__))
-            fault = f"the clip package in {folder} builds no plain CLIP ({_line(error)})"
+            fault = f"the clip package in {folder} builds no plain CLIP ({on_one_line(error)})"
             if provider == "clip" or not importlib.util.find_spec("open_clip"):
                 raise UserError(f"{fault}: pip install open_clip_torch") from error
         print(f"{fault}; open_clip builds it instead")
         torch.set_rng_state(random)  # both packages draw the same numbers, as CoOp's own runs do
     try:
         return _built("open_clip", "build_model_from_openai_state_dict", state_dict, name)
-    except (KeyError, IndexError, AssertionError, ZeroDivisionError, RuntimeError) as error:
-        raise _error(name, f"not a CLIP state dict in OpenAI's layout ({_line(error)})") from error
+    except (KeyError, IndexError, AssertionError, ZeroDivisionError, RuntimeError, ValueError) as error:
+        raise name_error(name, f"not a CLIP state dict in OpenAI's layout ({on_one_line(error)})") from error
 
 
 def _built(package: str, build: str, state_dict: dict[str, torch.Tensor], name: str) -> Backbone:
-    """Build with one package; encode a blank image and a word to see that it is the CLIP that we know."""
+    """Build with one package. Raises ValueError, and what that raises, unless it is the CLIP that we know."""
     # Both builders infer the architecture from the shapes and cast to float16; loading again restores all digits.
     model = getattr(importlib.import_module(f"{package}.model"), build)(dict(state_dict)).float()
     model.load_state_dict(state_dict)
     tokenizer = importlib.import_module({"clip": "clip.simple_tokenizer"}.get(package, f"{package}.tokenizer"))
-    backbone = Backbone(model, tokenizer.SimpleTokenizer(), name)
-    word = torch.zeros(1, backbone.context_length, dtype=torch.long)
-    word[0, :2] = torch.tensor([backbone.sot_token, backbone.eot_token])
-    with torch.no_grad():
-        image = torch.zeros(1, 3, backbone.input_resolution, backbone.input_resolution)
-        found = [tuple(encode.shape) for encode in (backbone.encode_image(image), model.encode_text(word))]
-    if found != [(1, backbone.n_features)] * 2:
-        raise ValueError(f"an image and a text become {found[0]} and {found[1]}")
+    backbone = probed(model, tokenizer.SimpleTokenizer(), name)
+    if not backbone.causal_text or len(backbone.token_embedding.weight) != backbone.tokenizer.eot + 1:
+        raise ValueError("its text encoder is not OpenAI's")
     return backbone
+
+
+@torch.no_grad()
+def probed(model: nn.Module, tokenizer: Any, name: str) -> Backbone:
+    """The backbone of a model. A blank image and a few words show that it computes what the model does.
+
+    Where OpenAI's text encoder gives other text features than the model's own code, that code runs. Raises ValueError
+    if that does not help either.
+    """
+    for causal in (True, False):
+        backbone = Backbone(model, tokenizer, name, causal)
+        ids = torch.tensor([backbone.tokenizer.padded(PROBE, backbone.context_length)])
+        image = torch.zeros(1, 3, backbone.input_resolution, backbone.input_resolution)
+        expected, found = F.normalize(model.encode_text(ids), dim=-1), encode_texts(backbone, [PROBE])
+        shapes = [tuple(features.shape) for features in (backbone.encode_image(image), expected)]
+        if shapes != [(1, backbone.n_features)] * 2:
+            raise ValueError(f"an image and a text become {shapes[0]} and {shapes[1]}")
+        if (found - expected).abs().max() < 1e-4:
+            return backbone
+    raise ValueError("prompts given as embeddings have other features than its own")
 
 
 def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
@@ -257,31 +201,23 @@ def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
         else:
             state_dict = load_tensors(path)
     except Exception as error:  # noqa: BLE001 (zip, pickle, safetensors and torch each raise their own errors)
-        raise _error(name, f"cannot be read as CLIP weights ({_line(error)})") from error
+        raise name_error(name, f"cannot be read as CLIP weights ({on_one_line(error)})") from error
     state_dict = state_dict if isinstance(state_dict, dict) else {}
     if isinstance(state_dict.get("state_dict"), dict):
         state_dict = state_dict["state_dict"]  # training checkpoints wrap it
     state_dict = {k.removeprefix("module."): v for k, v in state_dict.items() if k.split(".")[-1] not in NOT_WEIGHTS}
     for key, value in state_dict.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
-            raise _error(name, f"{key} in {path} is not finite; get the file again")
+            raise name_error(name, f"{key} in {path} is not finite; get the file again")
     needed = "visual.conv1.weight token_embedding.weight positional_embedding ln_final.weight text_projection"
     missing = ", ".join(key for key in needed.split() if key not in state_dict)
     if missing:
-        raise _error(name, f"not a CLIP state dict in OpenAI's layout (no {missing} in it)")
+        raise name_error(name, f"not a CLIP state dict in OpenAI's layout (no {missing} in it)")
     return state_dict
 
 
-def _set_activation(backbone: Backbone, path: str, quick_gelu: bool) -> None:
-    """Replace QuickGELU, which both builders use, where the weights were trained with GELU; report which it is."""
-    source, config = "MODEL.BACKBONE.QUICK_GELU", os.path.join(os.path.dirname(path), "open_clip_config.json")
-    if os.path.isfile(config):
-        try:
-            with open(config, encoding="utf-8") as file:
-                quick_gelu, source = bool(json.load(file)["model_cfg"].get("quick_gelu", False)), config
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{config}: not a config of open_clip ({_line(error)}); correct or remove it") from error
-    print(f"Activation: {'QuickGELU' if quick_gelu else 'GELU'} ({source})")
+def _set_activation(backbone: Backbone, quick_gelu: bool) -> None:
+    """Replace QuickGELU, which both builders use, where the weights were trained with GELU."""
     for module in [] if quick_gelu else list(backbone.modules()):
         for name, child in module.named_children():
             if type(child).__name__ == "QuickGELU":
@@ -312,23 +248,4 @@ def _openai_file(name: str) -> str:
         return download_pretrained_from_url(get_pretrained_url(OPENAI_MODELS[name][0], "openai"), cache_dir=folder)
     except (OSError, RuntimeError, ImportError) as error:
         remedy = f"put OpenAI's file into {folder} or give the path of a file"
-        raise _error(name, f"the weights cannot be downloaded ({_line(error)}); {remedy}") from error
-
-
-def _from_open_clip(name: str) -> Backbone:
-    open_clip = importlib.import_module("open_clip")
-    arch, _, tag = name.partition("/")
-    try:
-        model = open_clip.create_model(arch, pretrained=tag, precision="fp32", device="cpu")
-    except Exception as error:  # noqa: BLE001 (hub, network and file errors of several libraries)
-        raise _error(name, f"open_clip cannot load it ({_line(error)})") from error
-    return Backbone(model, open_clip.tokenizer.SimpleTokenizer(), name)
-
-
-def _error(name: str, fault: str) -> UserError:
-    return UserError(f"MODEL.BACKBONE.NAME {name}: {fault}")
-
-
-def _line(error: BaseException) -> str:
-    """An exception of another library on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise name_error(name, f"the weights cannot be downloaded ({on_one_line(error)}); {remedy}") from error

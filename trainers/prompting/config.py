@@ -81,6 +81,7 @@ SHARED_KEYS = {
     "TRAIN.COMPILE": Key(False),  # torch.compile the image encoder: takes minutes, changes last digits
     "TRAIN.DROP_LAST": Key(True),  # leave an incomplete last batch out of every epoch, as Dassl does
     "MODEL.BACKBONE.QUICK_GELU": Key(True),  # activation of weights given by path, as of OpenAI's; False: GELU
+    "MODEL.BACKBONE.WEIGHTS": Key(""),  # file with the weights of an architecture of open_clip
     "TRAIN.DECODED_GB": Key(1.0, at_least(0)),  # training images stay decoded in memory up to this size; 0: never
 }
 

@@ -30,3 +30,8 @@ def messages(error: BaseException) -> Optional[list[str]]:
     else:
         return None
     return [printable(" ".join(message.splitlines())) for message in found]
+
+
+def on_one_line(error: BaseException) -> str:
+    """An exception of another library on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

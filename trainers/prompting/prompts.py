@@ -50,28 +50,29 @@ class PromptLearner(nn.Module):
         if n_ctx < 1:
             raise UserError(f"N_CTX {n_ctx}: at least one context vector is needed")
         words: Optional[Tensor] = None
+        self.n_sos = n_sos = len(backbone.tokenizer.head)
         if ctx_init:
             tokens = encode_tokens(backbone, [clean_name(ctx_init)])
-            n_ctx = len(tokens[0]) - 1
+            n_ctx = len(tokens[0]) - 1  # [EOT]
             if n_ctx < 1:
                 raise UserError(f'CTX_INIT "{ctx_init}": it has no words; leave it empty for a random context')
-            words = embed_tokens(backbone, tokens)[0][0, 1 : 1 + n_ctx]
+            words = embed_tokens(backbone, tokens)[0][0, n_sos : n_sos + n_ctx]
         names = [clean_name(name) for name in classnames]
         suffixes = encode_tokens(backbone, [f"{name}." for name in names], reserved=n_ctx)
         embeddings, last = embed_tokens(backbone, suffixes)
         self.n_cls, self.n_ctx = len(names), n_ctx
         # Everything but the context follows from the class names, so checkpoints do not hold it.
-        self.register_buffer("token_prefix", embeddings[:, :1], persistent=False)  # [SOS]
-        self.register_buffer("token_suffix", embeddings[:, 1:], persistent=False)  # name, full stop, [EOT]
-        self.eot = last.cpu() + n_ctx  # on the CPU, to avoid a device sync
+        self.register_buffer("token_prefix", embeddings[:, :n_sos], persistent=False)  # [SOS]
+        self.register_buffer("token_suffix", embeddings[:, n_sos:], persistent=False)  # name, full stop, [EOT]
+        self.eot = last + n_ctx
         # (C, L) order in which to read [SOS, context, suffix] so that the name ends up at its position; None: as it is
         self.register_buffer("order", None, persistent=False)
         if class_token_position != "end":
-            sos, *positions = range(n_ctx + embeddings.shape[1])
+            positions = list(range(n_sos, n_ctx + embeddings.shape[1]))
             before = n_ctx // 2 if class_token_position == "middle" else 0
-            ends = [n_ctx + len(backbone.tokenizer.encode(name)) for name in names]
+            ends = [n_ctx + len(backbone.tokenizer.encode_after_words(name)) for name in names]
             context = positions[:before], positions[before:n_ctx]
-            rows = [[sos, *context[0], *positions[n_ctx:end], *context[1], *positions[end:]] for end in ends]
+            rows = [[*range(n_sos), *context[0], *positions[n_ctx:end], *context[1], *positions[end:]] for end in ends]
             self.order = torch.tensor(rows, device=embeddings.device)
 
         if csc:
@@ -92,7 +93,7 @@ class PromptLearner(nn.Module):
         """
         if self.ctx.dim() == 3 or self.order is not None:
             return self()
-        return self.token_suffix, self.eot - 1 - self.n_ctx, self.prefix(self.ctx)
+        return self.token_suffix, self.eot - self.n_sos - self.n_ctx, self.prefix(self.ctx)
 
     def prefix(self, ctx: Tensor) -> Tensor:
         """Contexts (…, M, D) -> [SOS, u_1 … u_M], (…, 1 + M, D)."""

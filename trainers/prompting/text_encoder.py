@@ -1,8 +1,10 @@
 """CLIP's text encoder g, run on prompt embeddings.
 
-The encoder is causal and its feature is read at the end-of-text token, so nothing behind that token matters: prompts
-end there instead of being padded to 77 tokens. The beginning that all prompts share, [SOS] and a context, is the same
-for all of them in every layer and is encoded once. Both are exact, gradients included.
+OpenAI's encoder is causal and its feature is read at the end-of-text token, so nothing behind that token matters:
+prompts end there instead of being padded to 77 tokens. The beginning that all prompts share, [SOS] and a context, is
+the same for all of them in every layer and is encoded once. Both are exact, gradients included.
+
+Other text towers (SigLIP, CLIPA, CoCa, …) get full prompts with their padding and run as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from .backbone import Backbone
+from .clip_model import Backbone
 from .errors import UserError
 
 UNSCALED = nn.Identity()  # open_clip's blocks have a LayerScale, the identity for CLIP itself; OpenAI's have none
@@ -26,13 +28,16 @@ MAX_PADDING_TOKENS = 64  # in a pass over the layers; beyond that prompts of oth
 
 
 def encode_tokens(backbone: Backbone, texts: Sequence[str], reserved: int = 0) -> list[list[int]]:
-    """Token ids of each text followed by [EOT], without [SOS].
+    """Token ids of each text followed by [EOT], without [SOS]; with ``reserved``, of texts that continue a sentence.
 
     Raises UserError where a prompt with ``reserved`` further positions exceeds the context length.
     """
-    tokens = [[*backbone.tokenizer.encode(text), backbone.eot_token] for text in texts]
+    tokenizer = backbone.tokenizer
+    encode = tokenizer.encode_after_words if reserved else tokenizer.encode
+    tokens = [[*encode(text), tokenizer.eot] for text in texts]
     for text, ids in zip(texts, tokens):
-        needed, allowed = len(ids) + 1 + reserved, backbone.context_length
+        needed = len(tokenizer.head) + reserved + len(ids) + len(tokenizer.tail)
+        allowed = backbone.context_length
         if needed > allowed:
             fault = f'the prompt for "{text[:60]}" needs {needed} tokens, {backbone.name} takes {allowed}'
             raise UserError(f"{fault}: shorten the class name or the context (N_CTX, CTX_INIT)")
@@ -44,11 +49,12 @@ def embed_tokens(backbone: Backbone, tokens: Sequence[Sequence[int]]) -> tuple[T
 
     Shorter sequences are padded with token 0, as in CLIP.
     """
-    device = backbone.token_embedding.weight.device
-    ids = pad_sequence([torch.tensor([backbone.sot_token, *sequence]) for sequence in tokens], batch_first=True)
+    head, device = backbone.tokenizer.head, backbone.token_embedding.weight.device
+    ids = pad_sequence([torch.tensor([*head, *sequence]) for sequence in tokens], batch_first=True)
     with torch.no_grad():
         embeddings = backbone.token_embedding(ids.to(device)).to(backbone.dtype)
-    return embeddings, torch.tensor([len(sequence) for sequence in tokens], device=device)
+    # positions on the CPU, to avoid a device sync
+    return embeddings, torch.tensor([len(head) + len(sequence) - 1 for sequence in tokens])
 
 
 class TextEncoder(nn.Module):
@@ -69,19 +75,23 @@ class TextEncoder(nn.Module):
 
         Args:
             prompts: (C, L, D) embeddings beginning with [SOS], L at most the context length; embeddings behind [EOT]
-                have no influence. With a prefix: the embeddings that follow it.
+                have no influence. With a prefix: the embeddings that follow it. Tokenizers without [SOS] have none.
             eot: (C,) position of [EOT] in each of ``prompts``, preferably on the CPU.
             prefix: (P, D) or (B, P, D) embeddings beginning with [SOS] that every prompt starts with; B of them make B
-                prompts of every class (CoCoOp: one prefix per image). Each is encoded once, whatever C is.
+                prompts of every class (CoCoOp: one prefix per image). Each is encoded once, whatever C is, if the
+                encoder is causal.
 
         Returns (C, E) text features, (B, C, E) for B prefixes, of unit length unless ``unit_length`` is False.
         """
-        before = None if prefix is None else self._keys_and_values(prefix if prefix.dim() == 3 else prefix.unsqueeze(0))
+        before: Any = prefix if prefix is None or prefix.dim() == 3 else prefix.unsqueeze(0)
         last, size = eot.tolist(), self.chunk or len(eot)
-        passes = [bucket[i : i + size] for bucket in length_buckets(last) for i in range(0, len(bucket), size)]
-        encode = self._encode
+        buckets, encode = [list(range(len(last)))], self._encode_as_it_is
+        if self.backbone.causal_text:
+            before = before if before is None else self._keys_and_values(before)
+            buckets, encode = length_buckets(last), self._encode
+        passes = [bucket[i : i + size] for bucket in buckets for i in range(0, len(bucket), size)]
         if self.chunk and len(passes) > 1 and torch.is_grad_enabled():
-            encode = partial(checkpoint, self._encode, use_reentrant=False)
+            encode = partial(checkpoint, encode, use_reentrant=False)
         features = [encode(prompts, members, [last[i] for i in members], before) for members in passes]
         order = torch.tensor([i for members in passes for i in members], device=prompts.device).argsort()
         found = torch.cat(features, dim=-2).index_select(-2, order)
@@ -99,6 +109,31 @@ class TextEncoder(nn.Module):
         x = clip.ln_final(x[..., torch.arange(len(members)), last, :])
         features = x.to(clip.dtype) @ clip.text_projection
         return F.normalize(features, dim=-1) if self.unit_length else features
+
+    def _encode_as_it_is(
+        self, prompts: Tensor, members: list[int], last: list[int], prefix: Optional[Tensor]
+    ) -> Tensor:
+        """Encode the prompts ``members`` after prefixes (B, P, D), if any, by the text tower's own code.
+
+        The tower gets ids that pooling and masks depend on; its token embedding returns the prompts instead of theirs.
+        """
+        clip, x, start = self.backbone, prompts[members], 0
+        if prefix is not None:
+            shape, start = (len(prefix), len(members), -1, -1), prefix.shape[1]
+            x = torch.cat([prefix.unsqueeze(1).expand(shape), x.expand(shape)], dim=2)
+        length, device = clip.context_length, x.device
+        ids = torch.tensor([clip.tokenizer.placeholder(start + n, length) for n in last], device=device)
+        behind = torch.arange(length, device=device) > start + torch.tensor(last, device=device).unsqueeze(1)
+        x = F.pad(x, (0, 0, 0, length - x.shape[-2]))
+        x = torch.where(behind.unsqueeze(-1), clip.token_embedding(ids).to(x.dtype), x)
+        embeddings, ids = x.flatten(0, -3), ids.expand(*x.shape[:-1]).flatten(0, -2)
+        hook = clip.token_embedding.register_forward_hook(
+            lambda module, args, output: embeddings[:, : output.shape[1]].to(output.dtype)  # CoCa may drop the last id
+        )
+        try:
+            return F.normalize(clip.text.encode_text(ids), dim=-1).unflatten(0, x.shape[:-2])
+        finally:
+            hook.remove()
 
     def _keys_and_values(self, prefix: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(B, P, D) embeddings -> keys and values of every layer, (B, heads, P, d) each."""

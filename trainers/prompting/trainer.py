@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 import PIL
 import torch
+from dassl.config import get_cfg_default
 from dassl.data import DataManager
 from dassl.data.transforms import build_transform
 from dassl.engine import TrainerX
@@ -18,7 +19,7 @@ from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler
 from yacs.config import CfgNode
 
-from .backbone import Backbone, check_name, load_clip
+from .backbone import Backbone, check_name, load_clip, preprocessing
 from .checkpoint import BEST, PROMPT_LEARNER, Checkpointer
 from .config import DASSL_RULES, SHARED_KEYS, rules_of, user_error_messages, violations
 from .dassl_compat import build_optimizer, dassl_errors, grad_scaler, patch_dassl_warmup
@@ -49,13 +50,14 @@ class PromptTrainer(TrainerX):
     def config_errors(cls, cfg: CfgNode) -> list[str]:
         """A line for every value that is not allowed: key, value, and what is."""
         shared = list(violations({**rules_of(SHARED_KEYS), **DASSL_RULES}, cfg))
-        shared += user_error_messages(lambda: check_name(cfg.MODEL.BACKBONE.NAME))
+        shared += user_error_messages(lambda: check_name(cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS))
         return [*(shared or dassl_errors(cfg)), *cls.method_class.config_errors(cfg)]
 
     def check_cfg(self, cfg: CfgNode) -> None:
         """Dassl's hook before data and weights are loaded. Raises UserError with all of :meth:`config_errors`."""
         if errors := self.config_errors(cfg):
             raise UserError(*errors)
+        adopt_preprocessing(cfg)
 
     def build_data_loader(self) -> None:
         """As in Dassl, with images read by :class:`ImageDataset`; with cached views the loader reads none."""
@@ -278,6 +280,18 @@ def training_session(folder: str, checkpointer: Checkpointer) -> Iterator[None]:
             raise
 
 
+def adopt_preprocessing(cfg: CfgNode) -> None:
+    """Set those of ``INPUT.SIZE``, ``PIXEL_MEAN`` and ``PIXEL_STD`` that have Dassl's defaults to the backbone's."""
+    default, backbone, frozen = get_cfg_default().INPUT, cfg.MODEL.BACKBONE, cfg.is_frozen()
+    cfg.defrost()
+    for key, value in preprocessing(backbone.NAME, backbone.WEIGHTS).items():
+        if tuple(cfg.INPUT[key]) == tuple(default[key]) != value:
+            cfg.INPUT[key] = type(default[key])(value)
+            print(f"INPUT.{key}: {value}, as {backbone.NAME} needs")
+    if frozen:
+        cfg.freeze()
+
+
 def load_backbone(cfg: CfgNode, prec: str, device: torch.device) -> tuple[Backbone, str]:
     """CLIP on the device, frozen, and the precision that it computes in; "clip" is fp16 on a GPU, fp32 on a CPU.
 
@@ -285,7 +299,7 @@ def load_backbone(cfg: CfgNode, prec: str, device: torch.device) -> tuple[Backbo
     """
     name = cfg.MODEL.BACKBONE.NAME
     print(f"Loading CLIP (backbone: {name})")
-    backbone = load_clip(name, quick_gelu=cfg.MODEL.BACKBONE.QUICK_GELU)
+    backbone = load_clip(name, quick_gelu=cfg.MODEL.BACKBONE.QUICK_GELU, weights=cfg.MODEL.BACKBONE.WEIGHTS)
     size = backbone.input_resolution
     if tuple(cfg.INPUT.SIZE) != (size, size):
         raise UserError(f"INPUT.SIZE {tuple(cfg.INPUT.SIZE)}: {name} takes images of ({size}, {size}) pixels")
@@ -325,7 +339,7 @@ def write_run_results(trainer: PromptTrainer) -> None:
         "subsample_classes": cfg.DATASET.get("SUBSAMPLE_CLASSES", "all"),
         "shots": trained_with.get("DATASET.NUM_SHOTS", cfg.DATASET.NUM_SHOTS),
         "seed": trained_with.get("SEED", cfg.SEED),
-        "backbone": cfg.MODEL.BACKBONE.NAME,
+        "backbone": " ".join(filter(None, (cfg.MODEL.BACKBONE.NAME, os.path.basename(cfg.MODEL.BACKBONE.WEIGHTS)))),
         "trained": trainer.training,
         "epochs": trainer.epoch + 1 if saved else 0,
         "model_dir": trainer.model_dir,

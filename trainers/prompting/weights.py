@@ -45,14 +45,19 @@ def is_torchscript(path: str) -> bool:
         return any(entry.endswith("constants.pkl") for entry in archive.namelist())
 
 
+def refuse_programs(path: str) -> None:
+    """Raise ValueError for a TorchScript or tar archive: torch before 2.6 would execute or unpack them."""
+    if is_torchscript(path) or tarfile.is_tarfile(path):
+        raise ValueError("a TorchScript or tar archive")
+
+
 def load_tensors(path: str) -> Any:
     """What a torch file holds, on the CPU; objects that are neither tensors nor plain types become placeholders.
 
-    Raises ValueError for a TorchScript or tar archive (torch before 2.6 would execute or unpack them) or an old torch,
-    and what torch, zip and pickle raise for a file that they cannot read.
+    Raises ValueError for a TorchScript or tar archive or an old torch, and what torch, zip and pickle raise for a file
+    that they cannot read.
     """
-    if is_torchscript(path) or tarfile.is_tarfile(path):
-        raise ValueError("a TorchScript or tar archive")
+    refuse_programs(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
