@@ -75,9 +75,17 @@ def test_learning_rates_are_chosen_on_validation_images(command, tmp_path, monke
 def test_choice_prefers_small_learning_rates_and_ignores_new_classes():
     labels = [f"{form}, lr {rate}" for form in ("infonce", "paper") for rate in ("0.01", "0.1", "1")]
     labels += ["CoOp, lr 0.01", "CoOp, lr 0.1"]
+    trainers = {"CoOp": "CoOp", "infonce": "LoGoPrompt", "paper": "LoGoPrompt"}
     base = [60.0, 78.0, 80.0, 60.0, 79.0, 20.0, 50.0, 90.0]  # one standard error of 80 % on 400 images is 2
     runs = [
-        {"label": label, "base": b + seed - 1.5, "new": 100 - b, "images": 400, "collapsed": b < 30 and seed == 1}
+        {
+            "label": label,
+            "trainer": trainers[label.split(",")[0]],
+            "base": b + seed - 1.5,
+            "new": 100 - b,
+            "images": 400,
+            "collapsed": b < 30 and seed == 1,
+        }
         for label, b in zip(labels, base)
         for seed in (1, 2)
     ]

@@ -51,7 +51,7 @@ def naive_feature(model, k, name, position):
     """E numbers: the text feature of context k around one class name, its tokens put in order one by one."""
     backbone, ctx = model.backbone, model.learned.ctx[k]
     tokens = backbone.tokenizer.encode(name.replace("_", " "))
-    words = embed_tokens(backbone, [[*tokens, *backbone.tokenizer.encode("."), backbone.eot_token]])[0][0]
+    words = embed_tokens(backbone, [[*tokens, *backbone.tokenizer.encode("."), backbone.tokenizer.eot]])[0][0]
     before, end = {"e": len(ctx), "m": len(ctx) // 2, "f": 0}[position], 1 + len(tokens)
     prompt = torch.cat([words[:1], ctx[:before], words[1:end], ctx[before:], words[end:]])
     return TextEncoder(backbone)(prompt.unsqueeze(0), torch.tensor([len(prompt) - 1]))[0].tolist()

@@ -89,7 +89,7 @@ def test_published_values_match_the_paper(golden):
         for method, row in paper[table].items():
             expected.update({(kind, names[key], method, "accuracy"): v for key, v in row.items() if v is not None})
     found = {
-        (kind, dataset, method.replace("ZeroshotCLIP", "CLIP"), column): value
+        (kind, dataset, method.replace("ZeroshotCLIP", "CLIP").replace("VP+TP", "VisualPrompting"), column): value
         for kind, table in PUBLISHED.items()
         for (method, column), values in table.items()
         for dataset, value in values.dropna().items()

@@ -22,7 +22,7 @@ def arguments(
     trainer: str, dataset: str, config: str, root: Path, folder: Path, seed: int, subset: str, flags: Sequence[str] = ()
 ) -> list[str]:
     """``train.py``'s arguments, without KEY VALUE pairs; ``dataset`` and ``config`` are files without ``.yaml``."""
-    method = "CoOp" if trainer == "ZeroshotCLIP" else trainer  # as in CoOp: it has no settings of its own
+    method = "CoOp" if trainer in ("ZeroshotCLIP", "LinearProbe") else trainer  # as in CoOp: they have no configs
     return [
         *("--root", str(root), "--seed", str(seed), "--trainer", trainer, "--output-dir", str(folder)),
         *("--dataset-config-file", str(ROOT / "configs" / "datasets" / f"{dataset}.yaml")),

@@ -4,7 +4,8 @@
     python toy/mechanisms.py --only loss k  # see --help for the names
 
 Settings are compared base-to-new on "Shapes" over several seeds; "shift" goes from "Shapes" to "ShapesShifted". "loss"
-chooses the form of the loss and the learning rates on validation images of the base classes.
+chooses the form of the loss and its learning rates on validation images of the base classes, "rates" the learning rates
+of the other methods.
 """
 
 from __future__ import annotations
@@ -36,6 +37,13 @@ from trainers.prompting.results import harmonic_mean, is_finished, read_results,
 PROTOCOLS = {
     "base2new": ("base", {"base": ("base", None), "new": ("new", None)}),
     "shift": ("all", {"source": ("all", None), "ShapesShifted": ("all", "shapes_shifted")}),
+    "few_shot": ("all", {"accuracy": ("all", None)}),  # for each of SHOTS
+}
+SHOTS = (1, 4, 16)
+# Methods with a learning rate, other than CoOp and ours, and the factor that takes --rates to the authors' range.
+METHODS = dict.fromkeys(("ProGrad", "KgCoOp", "ProDA", "CLIPAdapter", "VPT", "DPT"), 1.0) | {
+    "TipAdapterF": 0.05,
+    "VP": 200,
 }
 
 
@@ -45,6 +53,7 @@ class Row(NamedTuple):  # one setting of an experiment
     opts: tuple[str, ...] = ()
     split: str = "test"
     protocol: str = "base2new"
+    config: str = ""  # file in configs/trainers/<trainer>; empty: that of the command
 
 
 def experiments(rates: Sequence[str]) -> dict[str, tuple[str, list[Row]]]:
@@ -54,7 +63,22 @@ def experiments(rates: Sequence[str]) -> dict[str, tuple[str, list[Row]]]:
         return Row(label, opts=sum(((f"TRAINER.LOGOPROMPT.{key}", str(v)) for key, v in options.items()), ()))
 
     ours, coop = Row("LoGoPrompt as shipped"), Row("CoOp", "CoOp")
-    methods = [Row("ZeroshotCLIP", "ZeroshotCLIP"), coop, ours]
+    zero, zero_vit = (
+        Row(f"ZeroshotCLIP{name}", "ZeroshotCLIP", opts)
+        for name, opts in (("", ()), (", tiny-vit", ("MODEL.BACKBONE.NAME", "tiny-vit")))
+    )
+    cocoop = Row("CoCoOp", "CoCoOp", config="tiny96_c4_ep10_batch1_ctxv1")
+    others = [
+        Row(name, name) for name in ("ProGrad", "KgCoOp", "ProDA", "CLIPAdapter", "TipAdapter", "TipAdapterF", "VP")
+    ]
+    vit = [zero_vit, Row("VPT, tiny-vit", "VPT"), Row("DPT, tiny-vit", "DPT")]
+    methods = [zero, coop, ours]
+    few = [
+        row._replace(protocol="few_shot")
+        for row in (zero, Row("LinearProbe", "LinearProbe"), coop, *others, *vit, ours)
+    ]
+    scaled = [(name, f"{float(rate) * factor:g}") for name, factor in METHODS.items() for rate in rates]
+    chosen = [Row(f"{name}, lr {rate}", name, ("OPTIM.LR", rate), "val") for name, rate in scaled]
     forms = product([logo("infonce", LOSS="infonce"), logo("paper", LOSS="paper"), coop], rates)
     loss = [Row(f"{r.label}, lr {rate}", r.trainer, (*r.opts, "OPTIM.LR", rate), "val") for r, rate in forms]
     parts = [
@@ -67,6 +91,9 @@ def experiments(rates: Sequence[str]) -> dict[str, tuple[str, list[Row]]]:
     places, numbers = [logo(p, LOCATION=p) for p in ("top", "bottom")], [logo(f"K = {k}", K=k) for k in (1, 3, 10)]
     return {
         "main": ("Base-to-new", methods),
+        "methods": ("Base-to-new, all methods", [zero, coop, cocoop, *others, *vit, ours]),
+        "few_shot": ("Few-shot, all classes", few),
+        "rates": ("Learning rates of the other methods (validation images)", chosen),
         "method": ("Text prompts, visual prompts, adapter", parts),
         "shift": ("Domain generalization: another style", [row._replace(protocol="shift") for row in methods]),
         "loss": ("The two forms of Eq. 3 over learning rates (validation images)", loss),
@@ -79,10 +106,14 @@ def experiments(rates: Sequence[str]) -> dict[str, tuple[str, list[Row]]]:
 
 def measure(args: argparse.Namespace, row: Row, seed: int) -> dict[str, Any]:
     """Train a row with one seed and test it: accuracies by column. Finished runs with the same settings are reused."""
+    if row.protocol == "few_shot" and "DATASET.NUM_SHOTS" not in row.opts:
+        rows = {n: row._replace(opts=(*row.opts, "DATASET.NUM_SHOTS", str(n))) for n in SHOTS}
+        return {f"{n} shot{'s' * (n > 1)}": measure(args, r, seed)["accuracy"] for n, r in rows.items()}
     trained, tested = PROTOCOLS[row.protocol]
 
     def words(folder: Path, subset: str, dataset: Optional[str] = None, flags: Sequence[str] = ()) -> list[str]:
-        argv = arguments(row.trainer, dataset or args.dataset, args.config, args.data, folder, seed, subset, flags)
+        where = dataset or args.dataset, row.config or args.config, args.data
+        argv = arguments(row.trainer, *where, folder, seed, subset, flags)
         return [*argv, "DATALOADER.NUM_WORKERS", "0", *row.opts, *args.opts]
 
     config = train.setup_cfg(train.parse_args(words(args.output, trained))).dump()
@@ -104,7 +135,7 @@ def measure(args: argparse.Namespace, row: Row, seed: int) -> dict[str, Any]:
 def table(runs: pd.DataFrame) -> str:
     """Mean ± standard deviation over seeds, a line per setting; how many runs collapsed, if any did."""
     groups = runs.groupby("label", sort=False)
-    columns = runs.columns.drop(["label", "collapsed", "images"], errors="ignore")
+    columns = runs.columns.drop(["label", "trainer", "collapsed", "images"], errors="ignore")
     cells = {c: [f"{g.mean():.2f} ± {g.std() if len(g) > 1 else 0:.2f}" for _, g in groups[c]] for c in columns}
     if "collapsed" in runs and runs["collapsed"].eq(True).any():
         cells["collapsed"] = [f"{g.eq(True).sum()} of {len(g)}" for _, g in groups["collapsed"]]
@@ -113,8 +144,10 @@ def table(runs: pd.DataFrame) -> str:
 
 def choice(runs: pd.DataFrame) -> str:
     """The smallest learning rate within one standard error of the best, on validation images of the base classes."""
-    lines, mean, n = [], runs.groupby("label", sort=False)["base"].mean(), runs["images"].iloc[0]
-    for _, accuracy in mean.groupby(mean.index.str.startswith("CoOp")):
+    lines, n = [], runs["images"].iloc[0]
+    mean = runs.groupby(["trainer", "label"], sort=False)["base"].mean()
+    for trainer, accuracy in mean.groupby(level="trainer", sort=False):
+        accuracy = accuracy[trainer]
         error = ((highest := accuracy.max()) * (100 - highest) / n) ** 0.5
         near = accuracy[accuracy >= highest - error].sort_values(ascending=False, kind="stable")
         chosen = min(near.index, key=lambda label: float(label.split()[-1]))
@@ -151,9 +184,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     sections = [f"Seeds {args.seeds}; mean ± standard deviation, percent."]
     for name, (title, rows) in chosen.items():
-        measured = ({"label": r.label, **found[r._replace(label=""), seed]} for r in rows for seed in args.seeds)
-        frame = pd.DataFrame(measured)
-        sections += [f"## {title}", table(frame), *([choice(frame)] if name == "loss" else [])]
+        measured = [(row, found[row._replace(label=""), seed]) for row in rows for seed in args.seeds]
+        frame = pd.DataFrame([{"label": row.label, "trainer": row.trainer, **cells} for row, cells in measured])
+        sections += [f"## {title}", table(frame), *([choice(frame)] if name in ("loss", "rates") else [])]
     path = args.output / ("tables.md" if args.only == names else f"tables_{'_'.join(args.only)}.md")
     write_text(str(path), (text := "\n\n".join(sections)) + "\n")
     print(f"{text}\n\n{relative(path)}")

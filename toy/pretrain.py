@@ -1,10 +1,11 @@
 """Pre-train the embedded CLIP (``MODEL.BACKBONE.NAME: "tiny"``) on drawings with captions and on rendered words.
 
     python toy/pretrain.py --out toy/tiny_clip.pt
-    python toy/pretrain.py --vit --out toy/tiny_vit.pt     # the image tower of "tiny-vit", taught by tiny's
+    python toy/pretrain.py --vit --out toy/tiny_vit.pt     # the image encoder of "tiny-vit", half an hour on a core
 
 Contrastive, as in CLIP, in OpenAI's state-dict layout. The model sees the kinds of ``drawing.py``, never in the styles
-of the data sets, and words, alone and on drawings. The same seed gives the same weights on one machine.
+of the data sets, and words, alone and on drawings. The same seed gives the same weights on one machine. The vision
+transformer learns to see from drawings alone, with tiny's encoders as teachers; it does not read.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from trainers.prompting.text_encoder import encode_texts
 SIZE = 96  # input resolution; a strip of 1/7 has 14 pixels
 VISION = {"layers": (2, 2, 2, 2), "width": 16, "head_width": 64, "image_size": SIZE}
 VIT = {"layers": 4, "width": 128, "head_width": 64, "patch_size": 12, "image_size": SIZE}
+VIT_STEPS, VIT_BATCH, VIT_DRAWINGS, VIT_LR = 4000, 96, 8000, 1e-3
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 3}
 EMBED_DIM = 128
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -207,13 +209,11 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 def pretrain(args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Train. Returns the state dict in half precision, without BatchNorm's counters; of a ViT the image tower's."""
+    """Train. Returns the state dict in half precision, without BatchNorm's counters."""
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    vision = VIT if args.vit else VISION
-    model = CLIP(EMBED_DIM, vision, TEXT, quick_gelu=True).to(device, memory_format=torch.channels_last).train()
-    teacher = load_clip("tiny").to(device) if args.vit else None
+    model = CLIP(EMBED_DIM, VISION, TEXT, quick_gelu=True).to(device, memory_format=torch.channels_last).train()
     groups = [{"params": [], "weight_decay": rate} for rate in (0.0, args.weight_decay)]
     for name, p in model.named_parameters():
         groups[p.ndim >= 2 and "embedding" not in name]["params"].append(p)
@@ -226,18 +226,12 @@ def pretrain(args: argparse.Namespace) -> dict[str, torch.Tensor]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         images = ((images.to(device).float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+        number = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}  # equal captions are encoded once
+        key = torch.tensor([number[caption] for caption in captions], device=device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            image = F.normalize(model.encode_image(images).float(), dim=-1)
-        if teacher is not None:  # tiny's image features, so that its text tower fits
-            with torch.no_grad():
-                target = F.normalize(teacher.encode_image(images), dim=-1)
-            loss = (1 - (image * target).sum(dim=-1)).mean()
-        else:
-            number = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}  # equal ones are encoded once
-            key = torch.tensor([number[caption] for caption in captions], device=device)
-            with torch.autocast(device.type, dtype=torch.bfloat16):
-                text = encode_text(model, list(number), device)[key]
-            loss = contrastive_loss(image, F.normalize(text.float(), dim=-1), model.logit_scale.exp(), key)
+            image, text = model.encode_image(images), encode_text(model, list(number), device)[key]
+        image, text = (F.normalize(features.float(), dim=-1) for features in (image, text))
+        loss = contrastive_loss(image, text, model.logit_scale.exp(), key)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -245,9 +239,69 @@ def pretrain(args: argparse.Namespace) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
         bar.set_postfix_str(f"loss {loss.item():.3f}, 1/tau {model.logit_scale.exp().item():.1f}", refresh=False)
-    state = (model.visual if args.vit else model).state_dict()
-    prefix = "visual." * args.vit
-    return {prefix + k: v.cpu().contiguous().half() for k, v in state.items() if v.is_floating_point()}
+    return {k: v.cpu().contiguous().half() for k, v in model.state_dict().items() if v.is_floating_point()}
+
+
+def fixed_start(visual: torch.nn.Module) -> None:
+    """Start a vision transformer from cosines as patch filters and from sines of the positions, to learn sooner."""
+    size, width = VIT["patch_size"], VIT["width"]
+    cosines = torch.cos(math.pi / size * (torch.arange(size) + 0.5) * torch.arange(size)[:, None]) * (2 / size) ** 0.5
+    cosines[0] /= 2**0.5
+    frequencies = sorted((a + b, a, b) for a in range(size) for b in range(size))
+    cells = torch.arange(SIZE // size).float()
+    waves = 1 / 100 ** (torch.arange(width // 4) / (width // 4))
+    row, column = (
+        torch.cat([torch.sin(place.flatten()[:, None] * waves), torch.cos(place.flatten()[:, None] * waves)], dim=1)
+        for place in torch.meshgrid(cells, cells, indexing="ij")
+    )
+    with torch.no_grad():
+        visual.conv1.weight.zero_()
+        for n in range(width):
+            _, a, b = frequencies[n // 3]
+            visual.conv1.weight[n, n % 3] = 0.5 * torch.outer(cosines[a], cosines[b])
+        positions = torch.cat([row, column], dim=1)
+        visual.positional_embedding.copy_(0.5 * torch.cat([torch.zeros(1, width), positions]))
+
+
+def pretrain_vit(seed: int, steps: int = VIT_STEPS) -> dict[str, torch.Tensor]:
+    """Train an image encoder for tiny's text encoder: by the kinds' prompts, and by tiny's image features.
+
+    Returns its state dict in half precision.
+    """
+    torch.manual_seed(seed)
+    images, facts = drawings(VIT_DRAWINGS, seed)
+    images, kinds = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), list(KINDS)
+    label, teacher = torch.tensor([kinds.index(kind) for kind, *_ in facts]), load_clip("tiny")
+    with torch.no_grad():
+        taught = [teacher.encode_image((part.float() / 255 - MEAN) / STD) for part in images.split(256)]
+        taught = F.normalize(torch.cat(taught), dim=-1)
+        texts = encode_texts(teacher, [f"a photo of a {kind}." for kind in kinds])
+    visual = CLIP(EMBED_DIM, VIT, TEXT, quick_gelu=True).float().train().visual
+    fixed_start(visual)
+    groups = [{"params": [], "weight_decay": rate} for rate in (0.0, 0.05)]
+    for name, p in visual.named_parameters():
+        groups[p.ndim >= 2 and "embedding" not in name]["params"].append(p)
+    optimizer = torch.optim.AdamW(groups, lr=VIT_LR, betas=(0.9, 0.99))
+    bar = tqdm(range(steps), "steps", mininterval=5)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = VIT_LR * min(1, (step + 1) / 100) * (1 + math.cos(math.pi * step / steps)) / 2
+        rows = torch.randint(len(images), (VIT_BATCH,))
+        batch = (images[rows].float() / 255 - MEAN) / STD
+        if torch.rand(()) < 0.5:
+            batch = batch.flip(3)
+        side = int(torch.randint(SIZE * 3 // 4, SIZE + 1, ()))
+        top, left = torch.randint(0, SIZE + 1 - side, (2,)).tolist()
+        crop = batch[:, :, top : top + side, left : left + side]
+        features = visual(F.interpolate(crop, size=SIZE, mode="bilinear", align_corners=False))
+        features = F.normalize(features, dim=-1)
+        loss = F.cross_entropy(20 * features @ texts.t(), label[rows]) + 1 - (features * taught[rows]).sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(visual.parameters(), 1.0)
+        optimizer.step()
+        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+    return {f"visual.{name}": value.half() for name, value in visual.state_dict().items()}
 
 
 @torch.no_grad()
@@ -312,7 +366,7 @@ def arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--out", default="tiny_clip.pt", help="state dict to write (default: %(default)s)")
     for name, default in SETTINGS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
-    parser.add_argument("--vit", action="store_true", help="a vision transformer that learns tiny's image features")
+    parser.add_argument("--vit", action="store_true", help="train the vision transformer of tiny-vit instead")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--report-only", action="store_true", help="evaluate the file --out")
     parser.add_argument("--sheet", help="plot samples into this file and do nothing else")
@@ -328,7 +382,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if not args.report_only:
             if not (folder := Path(args.out).absolute().parent).is_dir():
                 raise UserError(f"{folder}: no such folder; correct --out")
-            torch.save(pretrain(args), args.out)
+            torch.save(pretrain_vit(args.seed) if args.vit else pretrain(args), args.out)
         results = report("tiny-vit" if args.vit else args.out, args.seed)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

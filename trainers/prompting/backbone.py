@@ -1,8 +1,9 @@
 """One door to CLIP weights.
 
-``load_clip(name)`` accepts ``tiny`` (the small CLIP of ``toy/``), an OpenAI name (``RN50``, ``ViT-B/16``, …), a path to
-an OpenAI archive or to a state dict in OpenAI's layout (``.pt``, ``.pth``, ``.bin``, ``.safetensors``), and what
-open_clip knows: ``arch/pretrained-tag``, ``arch`` with a file of weights, ``hf-hub:org/model`` or ``local-dir:FOLDER``.
+``load_clip(name)`` accepts ``tiny`` and ``tiny-vit`` (the small CLIPs of ``toy/``), an OpenAI name (``RN50``,
+``ViT-B/16``, …), a path to an OpenAI archive or to a state dict in OpenAI's layout (``.pt``, ``.pth``, ``.bin``,
+``.safetensors``), and what open_clip knows: ``arch/pretrained-tag``, ``arch`` with a file of weights,
+``hf-hub:org/model`` or ``local-dir:FOLDER``.
 For OpenAI's layout the model classes come from the installed ``clip`` package (OpenAI's, or the one bundled with CoOp)
 when it can be imported, otherwise from ``open_clip``; the features are the same.
 """
@@ -48,10 +49,20 @@ OPENAI_MODELS = {
     "ViT-L/14": ("ViT-L-14", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
     "ViT-L/14@336px": ("ViT-L-14-336", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
 }
-RESOLUTIONS = {"tiny": 96, "RN50x4": 288, "RN50x16": 384, "RN50x64": 448, "ViT-L/14@336px": 336}  # the others': 224
+RESOLUTIONS = {
+    "tiny": 96,
+    "tiny-vit": 96,
+    "RN50x4": 288,
+    "RN50x16": 384,
+    "RN50x64": 448,
+    "ViT-L/14@336px": 336,
+}  # the others': 224
 CACHE = os.path.join("~", ".cache", "clip")  # OpenAI's files, for both packages
 # The weights of the toy world; a drop-in does not copy them.
-TINY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "toy", "tiny_clip.pt")
+TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "toy")
+TINY = os.path.join(TOY, "tiny_clip.pt")
+TINY_VIT = os.path.join(TOY, "tiny_vit.pt")  # an image encoder for tiny's text encoder
+TINIES = {"tiny": TINY, "tiny-vit": TINY_VIT}
 PROBE = "a photo of a dog."
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # in OpenAI's archives
 
@@ -64,7 +75,7 @@ def load_clip(name: str, provider: str = "auto", quick_gelu: bool = True, weight
     ``weights`` is a file for an architecture of open_clip (``MODEL.BACKBONE.WEIGHTS``).
     """
     check_name(name, weights)
-    path = TINY if name == "tiny" else _openai_file(name) if name in OPENAI_MODELS else os.path.expanduser(name)
+    path = TINIES.get(name) or (_openai_file(name) if name in OPENAI_MODELS else os.path.expanduser(name))
     if not os.path.isfile(path):
         made, source = create(name, os.path.expanduser(weights)), f"open_clip's config of {name}"
         try:
@@ -73,7 +84,7 @@ def load_clip(name: str, provider: str = "auto", quick_gelu: bool = True, weight
             raise name_error(name, f"does not work as a CLIP ({on_one_line(error)}); choose another model") from error
     else:
         backbone, source = _from_state_dict(_read_state_dict(path, name), name, provider), "OpenAI's"
-        if name not in (*OPENAI_MODELS, "tiny"):
+        if name not in (*OPENAI_MODELS, *TINIES):
             folder, source = os.path.dirname(path), "MODEL.BACKBONE.QUICK_GELU"
             if config := read_config(folder):
                 quick_gelu, source = config["model_cfg"].get("quick_gelu", False), os.path.join(folder, CONFIG)
@@ -91,11 +102,12 @@ def check_name(name: str, weights: str = "") -> None:
         raise UserError(f"MODEL.BACKBONE.NAME is empty: give one of {openai}, tiny, a path or arch/tag of open_clip")
     if weights and not os.path.isfile(os.path.expanduser(weights)):
         raise UserError(f"MODEL.BACKBONE.WEIGHTS {weights}: no such file")
-    own = name == "tiny" or name in OPENAI_MODELS or os.path.isfile(path)
+    own = name in (*TINIES, *OPENAI_MODELS) or os.path.isfile(path)
     if weights and (own or name.startswith(SCHEMATA)):
         raise name_error(name, "has weights of its own; MODEL.BACKBONE.WEIGHTS needs an architecture of open_clip")
-    if name == "tiny" and not os.path.isfile(TINY):
-        raise name_error(name, "its weights (toy/tiny_clip.pt) are not here; choose another backbone")
+    if name in TINIES and not os.path.isfile(TINIES[name]):
+        missing = f"toy/{os.path.basename(TINIES[name])}"
+        raise name_error(name, f"its weights ({missing}) are not here; choose another backbone")
     if own:
         return
     if path.endswith((".pt", ".pth", ".bin", ".safetensors")) or os.path.isabs(path) or os.path.isdir(path):
@@ -109,7 +121,7 @@ def preprocessing(name: str, weights: str = "") -> dict[str, tuple]:
     path, config, size = os.path.expanduser(name), {}, RESOLUTIONS.get(name, 224)
     if os.path.isfile(path):
         config, size = read_config(os.path.dirname(path)), None
-    elif name not in (*OPENAI_MODELS, "tiny"):
+    elif name not in (*OPENAI_MODELS, *TINIES):
         config = config_of(name, os.path.expanduser(weights))
         size = config["model_cfg"]["vision_cfg"].get("image_size", 224)
     found = dict(zip(("PIXEL_MEAN", "PIXEL_STD"), normalisation_of(config)))
@@ -206,6 +218,8 @@ def _read_state_dict(path: str, name: str) -> dict[str, torch.Tensor]:
     if isinstance(state_dict.get("state_dict"), dict):
         state_dict = state_dict["state_dict"]  # training checkpoints wrap it
     state_dict = {k.removeprefix("module."): v for k, v in state_dict.items() if k.split(".")[-1] not in NOT_WEIGHTS}
+    if path == TINY_VIT:
+        state_dict |= {k: v for k, v in load_tensors(TINY).items() if not k.startswith("visual.")}
     for key, value in state_dict.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
             raise name_error(name, f"{key} in {path} is not finite; get the file again")
