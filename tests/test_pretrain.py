@@ -11,7 +11,7 @@ from PIL import Image
 
 from toy import pretrain
 from toy.drawing import KINDS
-from trainers.prompting.backbone import TINY, load_clip
+from trainers.prompting.backbone import TINY, TINY_VIT, load_clip
 
 
 def short_run(seed=1, workers=0):
@@ -94,3 +94,16 @@ def test_the_weights_recognise_and_read():
     assert results["zero-shot, pre-training styles"] > 80
     assert results["read the class name on the default block, among class names"] > 85
     assert results["drawing with any class's block: the drawing is recognised"] > 50
+
+
+def test_the_vision_transformer_depends_on_the_seed_alone_and_sees(monkeypatch):
+    monkeypatch.setattr(pretrain, "VIT_DRAWINGS", 48)
+    first, again = (pretrain.pretrain_vit(1, steps=2) for _ in range(2))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    committed = torch.load(TINY_VIT, weights_only=True)
+    assert {k: v.shape for k, v in first.items()} == {k: v.shape for k, v in committed.items()}
+    assert os.path.getsize(TINY_VIT) <= 2e6
+    results = pretrain.report("tiny-vit", seed=3, n=160)
+    assert results["zero-shot, pre-training styles"] >= 85
+    tiny, vit = load_clip("tiny"), load_clip("tiny-vit")
+    assert torch.equal(tiny.token_embedding.weight, vit.token_embedding.weight)

@@ -208,7 +208,7 @@ def methods(quick: bool) -> Iterator[Row]:
         if kind.learns and kind.fit is Method.fit:
             model = method(kind, 50, "ViT-B-16")
             model.stages()[0].begin(RandomFeatures(model))
-            ways[name] = training_step(model, 1 if quick else 8)
+            ways[name] = training_step(model, 8)
     yield from compare("ViT-B-16, C = 50", ways, 1 if quick else 3)
 
 
