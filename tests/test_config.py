@@ -256,7 +256,10 @@ def test_names_of_config_files_and_their_content_agree(tmp_path, monkeypatch):
     for path in (path for path in FILES if path.stem != "rn50_val"):
         name, cfg = re.fullmatch(NAME, path.stem), read_config(path)
         backbone, size = BACKBONES[name["backbone"]]
-        assert cfg.MODEL.BACKBONE.NAME.endswith(backbone) and tuple(cfg.INPUT.SIZE) == (size, size), path
+        assert cfg.MODEL.BACKBONE.NAME.removesuffix("-vit").endswith(backbone) and tuple(cfg.INPUT.SIZE) == (
+            size,
+            size,
+        ), path
         if not path.read_text().startswith("# Schedule: "):
             assert int(name["epochs"] or 200) == cfg.OPTIM.MAX_EPOCH, path
             assert int(name["batch"] or 32) == cfg.DATALOADER.TRAIN_X.BATCH_SIZE, path
