@@ -12,6 +12,7 @@ import train
 from trainers import logoprompt
 from trainers.prompting.backbone import load_clip
 from trainers.prompting.errors import UserError
+from trainers.prompting.trainer import PromptTrainer
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -129,7 +130,7 @@ class Runs:
     def check_resume(self, done, *opts):
         """A run that is stopped after ``done`` epochs and started again ends as one that was not."""
         opts = (*opts, "TRAIN.CHECKPOINT_FREQ", 1)
-        after_epoch = logoprompt.LoGoPrompt.after_epoch
+        after_epoch = PromptTrainer.after_epoch
 
         def stop(trainer):
             after_epoch(trainer)
@@ -138,7 +139,7 @@ class Runs:
 
         self(*opts, out="whole")
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(logoprompt.LoGoPrompt, "after_epoch", stop)
+            patch.setattr(PromptTrainer, "after_epoch", stop)
             self(*opts, out="broken")
         self(*opts, out="broken")
         whole, broken = self.states("whole"), self.states("broken")

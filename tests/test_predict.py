@@ -241,6 +241,7 @@ def test_damaged_images_do_not_change_the_others(predictor, odd, tmp_path):
     assert explained[0].candidates == [] and [e.prediction for e in explained[1:]] == list(predictor(good))
     (tmp_path / "void").mkdir()
     assert [r.error for r in predictor([tmp_path / "void"])] == [f"{tmp_path / 'void'}: no images in this folder"]
+    assert [r.error for r in predictor([""])] == ['"": the name of an image is empty']
     assert list(predictor([])) == []
 
 

@@ -30,6 +30,9 @@ def find_images(
     below the first data root that contains it, else below the given folder, or the name of a given file.
     """
     for path in map(os.fspath, paths):
+        if not path:
+            yield Source('""', "", "the name of an image is empty")
+            continue
         if not os.path.isdir(path):
             yield Source(path, _relative(path, [*roots, os.path.dirname(path)]))
             continue
