@@ -11,7 +11,7 @@ from dassl.engine import TRAINER_REGISTRY
 from tiny import arguments
 
 import train
-from trainers.prompting.config import DASSL_RULES, SHARED_KEYS, violation
+from trainers.prompting.config import DASSL_RULES, SHARED_KEYS, lost_overrides, violation
 from trainers.prompting.errors import UserError
 from trainers.prompting.names import flat_config
 from trainers.prompting.trainer import PromptTrainer
@@ -270,3 +270,14 @@ def test_names_of_config_files_and_their_content_agree(tmp_path, monkeypatch):
             assert ("a photo of a" if words else "") == options.CTX_INIT, path
             assert words or int(name["n_ctx"] or 16) == options.N_CTX, path
             assert (cfg.OPTIM.NAME, cfg.OPTIM.LR_SCHEDULER) == ("sgd", "cosine"), path
+
+
+def test_numbers_of_the_command_that_a_code_base_changes_are_named():
+    """PLOT's train.py sets the epochs from the shots, whatever the command says."""
+    cfg = get_cfg_default()
+    cfg.OPTIM.MAX_EPOCH, cfg.OPTIM.LR, cfg.TEST.NO_TEST = 50, 0.002, True
+    words = ["train.py", "--seed", "1", "OPTIM.LR", "2e-3", "OPTIM.MAX_EPOCH", "2", "TEST.NO_TEST", "True"]
+    expected = "OPTIM.MAX_EPOCH 2: this train.py changes it to 50; leave it out of the command"
+    assert list(lost_overrides(words, cfg)) == [expected]
+    assert list(lost_overrides([*words, "OPTIM.MAX_EPOCH", "50"], cfg)) == []  # the last counts
+    assert list(lost_overrides([*words[:-4], "OUTPUT_DIR", "7", "OPTIM.NAME", "adam"], cfg)) == []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import reprlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple, Optional
 
@@ -145,6 +145,17 @@ def violations(rules: Mapping[str, Rule], cfg: CfgNode, prefix: str = "") -> Ite
     for key, rule in rules.items():
         if prefix + key in values and not rule.holds(values[prefix + key]):
             yield violation(prefix + key, values[prefix + key], rule.requirement)
+
+
+def lost_overrides(words: Sequence[str], cfg: CfgNode) -> Iterator[str]:
+    """A line for every number among the KEY VALUE pairs of a command that a code base's train.py changed afterwards."""
+    values = flat_config(cfg)
+    for key, word in dict(zip(words, words[1:])).items():  # of equal keys the last counts
+        if key in values and isinstance(values[key], (int, float)):
+            asked = CfgNode._decode_cfg_value(word)
+            if isinstance(asked, (int, float)) and asked != values[key]:
+                requirement = f"this train.py changes it to {values[key]}; leave it out of the command"
+                yield violation(key, asked, requirement)
 
 
 def unmet(prefix: str, options: CfgNode, conditions: Collection[tuple[str, bool, str]]) -> list[str]:

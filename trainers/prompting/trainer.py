@@ -21,7 +21,7 @@ from yacs.config import CfgNode
 
 from .backbone import Backbone, check_name, load_clip, preprocessing
 from .checkpoint import BEST, PROMPT_LEARNER, Checkpointer
-from .config import DASSL_RULES, SHARED_KEYS, rules_of, user_error_messages, violations
+from .config import DASSL_RULES, SHARED_KEYS, lost_overrides, rules_of, user_error_messages, violations
 from .dassl_compat import build_optimizer, dassl_errors, grad_scaler, patch_dassl_warmup
 from .data import ImageDataset, drawn_items, handle_last_batch, index_loader, ordered_loader, training_loader
 from .errors import UserError
@@ -55,7 +55,7 @@ class PromptTrainer(TrainerX):
 
     def check_cfg(self, cfg: CfgNode) -> None:
         """Dassl's hook before data and weights are loaded. Raises UserError with all of :meth:`config_errors`."""
-        if errors := self.config_errors(cfg):
+        if errors := [*lost_overrides(sys.argv, cfg), *self.config_errors(cfg)]:
             raise UserError(*errors)
         adopt_preprocessing(cfg)
 
