@@ -204,6 +204,23 @@ def run(data_root, rn_file, tmp_path):
     return call
 
 
+def check_shared_context(run, tmp_path, trainer, *options):
+    """New classes are served, predictions depend on neither batches nor the feature store, a broken run resumes."""
+    training = (*options, "OPTIM.MAX_EPOCH", 4, "OPTIM.LR", 0.02, "TRAIN.CHECKPOINT_FREQ", 1)
+    trained = run(trainer, *training, out="base")
+    with pytest.raises(KeyboardInterrupt):
+        run(trainer, *training, out="broken", prepare=interrupt(2))
+    resumed = run(trainer, *training, out="broken")
+    assert resumed.trainer.start_epoch == 2 and differences(trained.outcome, resumed.outcome) == []
+    flags = ["--eval-only", "--model-dir", tmp_path / "base"]
+    small = ("DATALOADER.TEST.BATCH_SIZE", 3, "TEST.FEATURES", tmp_path / "store.sqlite")
+    for out, opts in {"first": (), "encoded": small, "stored": small}.items():
+        found = run(trainer, *options, *opts, out=out, flags=flags)
+        assert found.outcome["predictions"] == trained.outcome["predictions"]
+    new = run(trainer, *options, "DATASET.SUBSAMPLE_CLASSES", "new", out="new", flags=flags)
+    assert torch.equal(new.outcome["state"]["ctx"], trained.outcome["state"]["ctx"]) and new.results["classes"] == 4
+
+
 @pytest.fixture(scope="session")
 def trained(data_root, rn_file, tmp_path_factory):
     """One run of each trainer with default settings, shared by all tests; do not change its folder or trainer."""

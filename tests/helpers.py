@@ -9,7 +9,7 @@ from tiny import NAMES, arguments
 from yacs.config import CfgNode as CN
 
 import train
-from trainers import logoprompt
+from trainers import extend_cfg, logoprompt
 from trainers.prompting.backbone import load_clip
 from trainers.prompting.errors import UserError
 from trainers.prompting.trainer import PromptTrainer
@@ -95,6 +95,16 @@ def one_line(call):
         call()
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
+
+
+def method_config(node, dataset="Caltech101", chunk=0, **options):
+    """A config with the keys of all methods, and some of one method's."""
+    nodes = {"TRAIN": CN(), "TEST": CN(), "MODEL": {"BACKBONE": {}}, "OPTIM": {"MAX_EPOCH": 3, "LR": 0.1}}
+    cfg = CN({**nodes, "TRAINER": {"NAME": node}, "DATASET": {"NAME": dataset}})
+    extend_cfg(cfg)
+    cfg.TRAIN.TEXT_CHUNK = chunk
+    cfg.TRAINER[node].merge_from_list([x for pair in options.items() for x in pair])
+    return cfg
 
 
 class Runs:

@@ -26,6 +26,17 @@ class Reference:
         names = [key[len(prefix) :] for key in self.arrays if key.startswith(prefix)]
         return {name: self.tensor(prefix + name) for name in names if "/" not in name}
 
+    def check_steps(self, model, images, prefix, optim, of=lambda step: step.total.item(), rtol=1e-5):
+        """Train on the reference images; losses are those below the prefix."""
+        labels, expected, found = self.tensor("labels").long(), self.tensor(f"{prefix}losses"), []
+        for _ in expected:
+            step = model.loss(images, labels)
+            optim.zero_grad()
+            model.backward(step, lambda loss: loss)
+            optim.step()
+            found.append(of(step))
+        np.testing.assert_allclose(found, expected, rtol=rtol)
+
     def clip(self, arch, folder):
         """The CLIP of an architecture; its weights are written to a folder and loaded from there."""
         state, sizes = self.tensors(f"{arch}/"), self.meta["arch"][arch]
@@ -35,6 +46,14 @@ class Reference:
         state = {key: value for key, value in state.items() if key not in others}
         torch.save({**state, "token_embedding.weight": table}, folder / f"{arch}.pt")
         return load_clip(str(folder / f"{arch}.pt"))
+
+
+def check_parameters(state, initial, final, rtol=1e-3, share=1e-3):
+    """Every parameter moved, and ended within a share of that from where it should."""
+    for name, parameter in state.items():
+        moved = float((final[name] - initial[name]).abs().max())
+        assert moved > 0
+        torch.testing.assert_close(parameter.detach(), final[name], rtol=rtol, atol=share * moved)
 
 
 def runs_of(folder, pattern):

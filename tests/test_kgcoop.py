@@ -2,15 +2,13 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, differences, interrupt
-from reference import Reference, runs_of
+from conftest import GOLDEN, check_shared_context
+from helpers import method_config
+from reference import Reference, check_parameters, runs_of
 from tiny import NAMES
-from yacs.config import CfgNode as CN
 
-from trainers import extend_cfg
 from trainers.kgcoop import CustomCLIP
 from trainers.prompting.backbone import load_clip
 from trainers.prompting.image_batch import ImageBatch
@@ -20,12 +18,7 @@ RUNS = [run for run in runs_of(GOLDEN, "relatives_*.npz") if run[2].startswith("
 
 
 def build(classnames, backbone, chunk=0, dataset="Caltech101", **options):
-    nodes = {"TRAINER": CN(), "TRAIN": CN(), "TEST": CN(), "MODEL": {"BACKBONE": {}}}
-    cfg = CN({**nodes, "DATASET": {"NAME": dataset}})
-    extend_cfg(cfg)
-    cfg.TRAIN.TEXT_CHUNK = chunk
-    cfg.TRAINER.KGCOOP.merge_from_list([x for pair in options.items() for x in pair])
-    return CustomCLIP(cfg, classnames, backbone)
+    return CustomCLIP(method_config("KGCOOP", dataset, chunk, **options), classnames, backbone)
 
 
 @pytest.mark.parametrize("stem, arch, run", [pytest.param(*run, id="-".join(run)) for run in RUNS])
@@ -35,21 +28,13 @@ def test_matches_original_kgcoop(tmp_path, stem, arch, run):
     model = build(found.meta["classnames"], backbone, W=float(run.partition("_w")[2]))
     initial, final = found.tensors(f"{arch}/{run}/init/"), found.tensors(f"{arch}/{run}/final/")
     torch.testing.assert_close(model.learned.ctx.detach(), initial["ctx"])  # the words of CTX_INIT
-    images, labels = ImageBatch(backbone, found.tensor(f"{arch}/images")), found.tensor("labels").long()
+    images = ImageBatch(backbone, found.tensor(f"{arch}/images"))
     torch.testing.assert_close(
         model.score(images, model.text_features()).detach(), found.tensor(f"{arch}/{run}/logits"), rtol=1e-4, atol=1e-4
     )
-    optim, losses = torch.optim.SGD(model.learned.parameters(), lr=found.meta["lr"][run]), []
-    for _ in range(len(found.tensor(f"{arch}/{run}/losses"))):
-        step = model.loss(images, labels)
-        optim.zero_grad()
-        step.total.backward()
-        optim.step()
-        losses.append(step.total.item())
-    np.testing.assert_allclose(losses, found.tensor(f"{arch}/{run}/losses"), rtol=1e-5)
-    moved = float((final["ctx"] - initial["ctx"]).abs().max())
-    assert moved > 0
-    torch.testing.assert_close(model.learned.ctx.detach(), final["ctx"], rtol=1e-4, atol=1e-5 * moved)
+    optim = torch.optim.SGD(model.learned.parameters(), lr=found.meta["lr"][run])
+    found.check_steps(model, images, f"{arch}/{run}/", optim)
+    check_parameters(model.learned.state_dict(), initial, final, rtol=1e-4, share=1e-5)
 
 
 @pytest.mark.parametrize("weight, chunk", [(0.0, 0), (8.0, 0), (8.0, 2)])
@@ -87,19 +72,7 @@ def test_loss_matches_loops(clip_file, weight, chunk):
 
 
 def test_base_to_new_and_resume(run, tmp_path):
-    """New classes are served: the context is shared. Predictions depend on neither batches nor the feature store."""
-    options = ("OPTIM.MAX_EPOCH", 4, "OPTIM.LR", 0.02, "TRAIN.CHECKPOINT_FREQ", 1)
-    trained = run("KgCoOp", *options, out="base")
-    with pytest.raises(KeyboardInterrupt):
-        run("KgCoOp", *options, out="broken", prepare=interrupt(2))
-    resumed = run("KgCoOp", *options, out="broken")
-    assert resumed.trainer.start_epoch == 2 and differences(trained.outcome, resumed.outcome) == []
-    flags = ["--eval-only", "--model-dir", tmp_path / "base"]
-    small = ("DATALOADER.TEST.BATCH_SIZE", 3, "TEST.FEATURES", tmp_path / "store.sqlite")
-    for out, opts in {"first": (), "encoded": small, "stored": small}.items():
-        assert run("KgCoOp", *opts, out=out, flags=flags).outcome["predictions"] == trained.outcome["predictions"]
-    new = run("KgCoOp", "DATASET.SUBSAMPLE_CLASSES", "new", out="new", flags=flags)
-    assert torch.equal(new.outcome["state"]["ctx"], trained.outcome["state"]["ctx"]) and new.results["classes"] == 4
+    check_shared_context(run, tmp_path, "KgCoOp")
 
 
 def test_weight_holds_the_text_features(run):

@@ -6,11 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import differences, interrupt
+from conftest import check_shared_context
+from helpers import method_config
 from tiny import NAMES
-from yacs.config import CfgNode as CN
 
-from trainers import extend_cfg
 from trainers.proda import CustomCLIP, diagonal_variance, margin_variance, semantic_orthogonality, upper_bound
 from trainers.prompting.backbone import load_clip
 from trainers.prompting.image_batch import ImageBatch
@@ -22,11 +21,7 @@ ORDERS = {"equal": "emfem", "half_end": "emefe", "end": "eeeee"}  # of five prom
 
 
 def build(backbone, chunk=0, **options):
-    cfg = CN({"TRAINER": CN(), "TRAIN": CN(), "TEST": CN(), "MODEL": {"BACKBONE": {}}})
-    extend_cfg(cfg)
-    cfg.TRAIN.TEXT_CHUNK = chunk
-    small = {"N_CTX": 3, "N_PROMPT": 5, "N_BATCH": 3, **options}
-    cfg.TRAINER.PRODA.merge_from_list([x for pair in small.items() for x in pair])
+    cfg = method_config("PRODA", chunk=chunk, **{"N_CTX": 3, "N_PROMPT": 5, "N_BATCH": 3, **options})
     torch.manual_seed(0)
     model = CustomCLIP(cfg, CLASSES, backbone).to(backbone.logit_scale.dtype)
     model.learned.ctx.data.normal_(std=0.3)
@@ -155,21 +150,7 @@ def test_orthogonality_of_one_or_orthogonal_features():
 
 
 def test_base_to_new_and_resume(run, tmp_path):
-    """New classes are served: contexts are shared. Predictions depend on neither batches nor the feature store."""
-    small = ("TRAINER.PRODA.N_PROMPT", 6, "TRAINER.PRODA.N_CTX", 4)
-    options = (*small, "OPTIM.MAX_EPOCH", 4, "OPTIM.LR", 0.02, "TRAIN.CHECKPOINT_FREQ", 1)
-    trained = run("ProDA", *options, out="base")
-    with pytest.raises(KeyboardInterrupt):
-        run("ProDA", *options, out="broken", prepare=interrupt(2))
-    resumed = run("ProDA", *options, out="broken")
-    assert resumed.trainer.start_epoch == 2 and differences(trained.outcome, resumed.outcome) == []
-    flags = ["--eval-only", "--model-dir", tmp_path / "base"]
-    batches = ("DATALOADER.TEST.BATCH_SIZE", 3, "TEST.FEATURES", tmp_path / "store.sqlite")
-    for out, opts in {"first": (), "encoded": batches, "stored": batches}.items():
-        found = run("ProDA", *small, *opts, out=out, flags=flags)
-        assert found.outcome["predictions"] == trained.outcome["predictions"]
-    new = run("ProDA", *small, "DATASET.SUBSAMPLE_CLASSES", "new", out="new", flags=flags)
-    assert torch.equal(new.outcome["state"]["ctx"], trained.outcome["state"]["ctx"]) and new.results["classes"] == 4
+    check_shared_context(run, tmp_path, "ProDA", "TRAINER.PRODA.N_PROMPT", 6, "TRAINER.PRODA.N_CTX", 4)
 
 
 @pytest.mark.parametrize(

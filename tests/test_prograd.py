@@ -2,15 +2,13 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, differences, interrupt
-from reference import Reference, runs_of
+from conftest import GOLDEN, check_shared_context
+from helpers import method_config
+from reference import Reference, check_parameters, runs_of
 from tiny import NAMES
-from yacs.config import CfgNode as CN
 
-from trainers import extend_cfg
 from trainers.prograd import CustomCLIP, aligned, distillation
 from trainers.prompting.backbone import load_clip
 from trainers.prompting.image_batch import ImageBatch
@@ -20,12 +18,7 @@ RUNS = [run for run in runs_of(GOLDEN, "relatives_*.npz") if run[2].startswith("
 
 
 def build(classnames, backbone, chunk=0, dataset="Caltech101", **options):
-    nodes = {"TRAINER": CN(), "TRAIN": CN(), "TEST": CN(), "MODEL": {"BACKBONE": {}}}
-    cfg = CN({**nodes, "DATASET": {"NAME": dataset}})
-    extend_cfg(cfg)
-    cfg.TRAIN.TEXT_CHUNK = chunk
-    cfg.TRAINER.PROGRAD.merge_from_list([x for pair in {"N_CTX": 4, **options}.items() for x in pair])
-    return CustomCLIP(cfg, classnames, backbone)
+    return CustomCLIP(method_config("PROGRAD", dataset, chunk, **{"N_CTX": 4, **options}), classnames, backbone)
 
 
 @pytest.mark.parametrize("stem, arch, run", [pytest.param(*run, id="-".join(run)) for run in RUNS])
@@ -35,22 +28,16 @@ def test_matches_original_prograd(tmp_path, stem, arch, run):
     model = build(found.meta["classnames"], backbone, LAMBDA=float(run.partition("lambda")[2]))
     initial, final = found.tensors(f"{arch}/{run}/init/"), found.tensors(f"{arch}/{run}/final/")
     model.learned.load_state_dict(initial)
-    images, labels = ImageBatch(backbone, found.tensor(f"{arch}/images")), found.tensor("labels").long()
+    images = ImageBatch(backbone, found.tensor(f"{arch}/images"))
     for text, name in ((model.text_features(), "logits"), (model.hand_made, "teacher_logits")):
         torch.testing.assert_close(
             model.score(images, text).detach(), found.tensor(f"{arch}/{run}/{name}"), rtol=1e-4, atol=1e-4
         )
-    optim, losses = torch.optim.SGD(model.learned.parameters(), lr=found.meta["lr"]["prograd"]), []
-    for _ in range(len(found.tensor(f"{arch}/{run}/losses"))):
-        step = model.loss(images, labels)
-        optim.zero_grad()
-        model.backward(step, lambda loss: loss)
-        optim.step()
-        losses.append([step.total.item(), step.log["kl"].item()])
-    np.testing.assert_allclose(losses, found.tensor(f"{arch}/{run}/losses"), rtol=2e-5)
-    moved = float((final["ctx"] - initial["ctx"]).abs().max())
-    assert moved > 0
-    torch.testing.assert_close(model.learned.ctx.detach(), final["ctx"], rtol=1e-4, atol=1e-5 * moved)
+    optim = torch.optim.SGD(model.learned.parameters(), lr=found.meta["lr"]["prograd"])
+    found.check_steps(
+        model, images, f"{arch}/{run}/", optim, lambda step: [step.total.item(), step.log["kl"].item()], 2e-5
+    )
+    check_parameters(model.learned.state_dict(), initial, final, rtol=1e-4, share=1e-5)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.8, 1.0])
@@ -127,19 +114,7 @@ def test_context_is_padded_with_zeros(clip_file):
 
 
 def test_base_to_new_and_resume(run, tmp_path):
-    """New classes are served: the context is shared. Predictions depend on neither batches nor the feature store."""
-    options = ("OPTIM.MAX_EPOCH", 4, "OPTIM.LR", 0.02, "TRAIN.CHECKPOINT_FREQ", 1)
-    trained = run("ProGrad", *options, out="base")
-    with pytest.raises(KeyboardInterrupt):
-        run("ProGrad", *options, out="broken", prepare=interrupt(2))
-    resumed = run("ProGrad", *options, out="broken")
-    assert resumed.trainer.start_epoch == 2 and differences(trained.outcome, resumed.outcome) == []
-    flags = ["--eval-only", "--model-dir", tmp_path / "base"]
-    small = ("DATALOADER.TEST.BATCH_SIZE", 3, "TEST.FEATURES", tmp_path / "store.sqlite")
-    for out, opts in {"first": (), "encoded": small, "stored": small}.items():
-        assert run("ProGrad", *opts, out=out, flags=flags).outcome["predictions"] == trained.outcome["predictions"]
-    new = run("ProGrad", "DATASET.SUBSAMPLE_CLASSES", "new", out="new", flags=flags)
-    assert torch.equal(new.outcome["state"]["ctx"], trained.outcome["state"]["ctx"]) and new.results["classes"] == 4
+    check_shared_context(run, tmp_path, "ProGrad")
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,11 @@ from dassl.engine import TRAINER_REGISTRY
 from yacs.config import CfgNode
 
 from .prompting.backbone import Backbone
-from .prompting.classifiers import LearnedContext
+from .prompting.classifiers import LearnedContext, hand_made_features
 from .prompting.config import CONTEXT, Key, at_least
 from .prompting.image_batch import ImageBatch
 from .prompting.method import Step
-from .prompting.names import clean_name
 from .prompting.templates import template_of
-from .prompting.text_encoder import encode_texts
 from .prompting.trainer import PromptTrainer
 
 KEYS = {
@@ -44,8 +42,8 @@ class CustomCLIP(LearnedContext):
 
     def __init__(self, cfg: CfgNode, classnames: Sequence[str], backbone: Backbone) -> None:
         super().__init__(cfg, classnames, backbone)
-        prompts = [template_of(cfg.DATASET.NAME).format(clean_name(name)) for name in classnames]
-        self.register_buffer("hand_made", encode_texts(backbone, prompts), persistent=False)  # (C, E)
+        hand_made = hand_made_features(backbone, classnames, [template_of(cfg.DATASET.NAME)])
+        self.register_buffer("hand_made", hand_made, persistent=False)  # (C, E)
 
     def loss(self, images: ImageBatch, label: torch.Tensor) -> Step:
         """Cross-entropy, and W times the mean distance of all C classes, those of the batch or not."""

@@ -23,14 +23,12 @@ from dassl.engine import TRAINER_REGISTRY
 from yacs.config import CfgNode
 
 from .prompting.backbone import Backbone
-from .prompting.classifiers import COOP_KEYS, LearnedContext
+from .prompting.classifiers import COOP_KEYS, LearnedContext, hand_made_features
 from .prompting.config import MAX_CONTEXT, Key, above, at_least, unmet, within
 from .prompting.image_batch import ImageBatch
 from .prompting.method import Step
-from .prompting.names import clean_name
 from .prompting.prompts import PromptLearner
 from .prompting.templates import template_of
-from .prompting.text_encoder import encode_texts
 from .prompting.trainer import PromptTrainer
 
 KEYS = {
@@ -56,8 +54,8 @@ class CustomCLIP(LearnedContext):
             shape = padded.shape[-2], "", options.CSC, options.CLASS_TOKEN_POSITION
             self.learned = PromptLearner(backbone, classnames, *shape)
             self.learned.ctx.data = padded
-        prompts = [template_of(cfg.DATASET.NAME).format(clean_name(name)) for name in classnames]
-        self.register_buffer("hand_made", encode_texts(backbone, prompts), persistent=False)  # (C, E)
+        hand_made = hand_made_features(backbone, classnames, [template_of(cfg.DATASET.NAME)])
+        self.register_buffer("hand_made", hand_made, persistent=False)  # (C, E)
 
     @classmethod
     def config_errors(cls, cfg: CfgNode) -> list[str]:

@@ -49,14 +49,8 @@ OPENAI_MODELS = {
     "ViT-L/14": ("ViT-L-14", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
     "ViT-L/14@336px": ("ViT-L-14-336", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
 }
-RESOLUTIONS = {
-    "tiny": 96,
-    "tiny-vit": 96,
-    "RN50x4": 288,
-    "RN50x16": 384,
-    "RN50x64": 448,
-    "ViT-L/14@336px": 336,
-}  # the others': 224
+# In pixels; the others' is 224.
+RESOLUTIONS = {"tiny": 96, "tiny-vit": 96, "RN50x4": 288, "RN50x16": 384, "RN50x64": 448, "ViT-L/14@336px": 336}
 CACHE = os.path.join("~", ".cache", "clip")  # OpenAI's files, for both packages
 # The weights of the toy world; a drop-in does not copy them.
 TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "toy")

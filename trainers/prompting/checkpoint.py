@@ -210,9 +210,10 @@ class Checkpointer:
             raise UserError(
                 f"{path} was trained with --trainer {before['TRAINER.NAME']}, not {name}: name that trainer"
             )
-        for key in sorted(before.keys() & now.keys()):
-            if key.startswith((f"TRAINER.{name.upper()}.", *COMPARED)) and before[key] != now[key]:
-                self.warnings.append(f"the model was trained with {key} {before[key]}, now it is {now[key]}")
+        for key in sorted(now):
+            old = before.get(key, "of an older version")
+            if key.startswith((f"TRAINER.{name.upper()}.", *COMPARED)) and old != now[key]:
+                self.warnings.append(f"the model was trained with {key} {old}, now it is {now[key]}")
                 print(f"WARNING: {path}: {self.warnings[-1]}")
         self._load_learned(checkpoint, path)
         print(f'Loading weights to {PROMPT_LEARNER} from "{path}" (epoch = {checkpoint["epoch"]})')
@@ -280,12 +281,14 @@ class Checkpointer:
         remedy = "choose another --output-dir or delete that folder" if every_key else elsewhere
         if checkpoint.get("classnames", self.classnames) != self.classnames:
             raise UserError(f"{path} was trained on other classes: {remedy}")
-        # A key that one of them lacks is of another version of the code, or of another method.
-        keys = [*IDENTITY, *(key for key in sorted(before.keys() & now.keys()) if not key.startswith(FREE_KEYS))]
+        # Only in the method itself does a key that one of them lacks, of another version, make a difference.
+        own = {key for key in before.keys() | now.keys() if key.startswith(f"TRAINER.{self.cfg.TRAINER.NAME.upper()}.")}
+        shared = {key for key in before.keys() & now.keys() if not key.startswith(FREE_KEYS)}
+        keys = [*IDENTITY, *sorted(own | shared)]
         for key in keys if every_key else (*IDENTITY, *self.stage_keys):
             if before.get(key) != now.get(key):
                 raise UserError(f"{path} was trained with {key} {before.get(key)}, now it is {now.get(key)}: {remedy}")
-        return all(before[key] == now[key] for key in keys)
+        return all(before.get(key) == now.get(key) for key in keys)
 
     def _load_learned(self, checkpoint: dict[str, Any], path: str) -> None:
         """Load a checkpoint's parameters into the current classes. Raises UserError where they do not fit."""

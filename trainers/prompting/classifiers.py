@@ -26,6 +26,13 @@ COOP_KEYS: Mapping[str, Key] = {
 }
 
 
+def hand_made_features(backbone: Backbone, classnames: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
+    """(C, E): the mean of a class's text features over some templates, of unit length."""
+    names = [clean_name(name) for name in classnames]
+    features = [encode_texts(backbone, [template.format(name) for name in names]) for template in templates]
+    return F.normalize(torch.stack(features).mean(dim=0), dim=-1)
+
+
 class HandMadePrompts(Method):
     """CLIP with hand-made prompts (Eq. 1); a subclass that learns changes the image side."""
 
@@ -34,10 +41,8 @@ class HandMadePrompts(Method):
         return [template_of(self.cfg.DATASET.NAME)]
 
     def hand_made(self) -> torch.Tensor:
-        """(C, E): the mean of a class's text features over the templates, of unit length."""
-        names = [clean_name(name) for name in self.classnames]
-        features = [encode_texts(self.backbone, [t.format(name) for name in names]) for t in self.templates()]
-        return F.normalize(torch.stack(features).mean(dim=0), dim=-1)
+        """(C, E): :func:`hand_made_features` of these templates."""
+        return hand_made_features(self.backbone, self.classnames, self.templates())
 
     def text_features(self) -> torch.Tensor:
         """The same, computed once."""
