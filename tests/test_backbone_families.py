@@ -27,7 +27,7 @@ from trainers.prompting import trainer as trainer_module
 from trainers.prompting.backbone import load_clip, preprocessing
 from trainers.prompting.clip_model import PIXEL_MEAN, PIXEL_STD, Backbone
 from trainers.prompting.prompts import PromptLearner
-from trainers.prompting.text_encoder import TextEncoder, encode_texts
+from trainers.prompting.text_encoder import TextEncoder, embed_tokens, encode_texts, encode_tokens
 
 WORDS, NAMES = "a photo of a", ["cat", "fire truck", "2012 Tesla Model S", "moth"]
 TRAINERS = {"CoOp": "tiny96_ep10_ctxv1", "CoCoOp": "tiny96_c4_ep10_batch1_ctxv1", "LoGoPrompt": "tiny96_ep10_ctxv1"}
@@ -95,8 +95,10 @@ def test_features_equal_open_clip(loaded, family):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert (found[0] - found[1]).abs().max() > 1e-3
     texts = [f"{WORDS} {name}." for name in NAMES] + ["moth", "the hard to see inside of a very long name"]
-    found, expected = encode_texts(backbone, texts), F.normalize(model.encode_text(tokenize(texts)), dim=-1)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    raw = model.encode_text(tokenize(texts), normalize=False)
+    found, prompts = encode_texts(backbone, texts), embed_tokens(backbone, encode_tokens(backbone, texts))
+    torch.testing.assert_close(found, F.normalize(raw, dim=-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(TextEncoder(backbone, unit_length=False)(*prompts), raw, atol=1e-4, rtol=1e-5)
     assert (found @ found.T).fill_diagonal_(0).max() < 1 - 1e-4
 
 

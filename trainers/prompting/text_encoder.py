@@ -131,7 +131,8 @@ class TextEncoder(nn.Module):
             lambda module, args, output: embeddings[:, : output.shape[1]].to(output.dtype)  # CoCa may drop the last id
         )
         try:
-            return F.normalize(clip.text.encode_text(ids), dim=-1).unflatten(0, x.shape[:-2])
+            features = clip.text.encode_text(ids, normalize=False).unflatten(0, x.shape[:-2])
+            return F.normalize(features, dim=-1) if self.unit_length else features
         finally:
             hook.remove()
 
