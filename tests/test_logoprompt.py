@@ -10,6 +10,7 @@ from helpers import (
     STD,
     Runs,
     build,
+    method_config,
     naive_logits,
     naive_min_max_loss,
     naive_paste,
@@ -136,6 +137,16 @@ def test_without_selection_the_original_image_alone_decides(rn_file):
     assert found.candidates is None and torch.equal(found.scores, found.original)
     losses = [loss_and_places(m, images, torch.tensor([0, 3, 7]))[0].total for m in (model, build(rn_file))]
     assert torch.equal(*losses)  # trained in the same way
+
+
+@pytest.mark.parametrize("use", ["none", "text_augmentation"])
+def test_options_without_effect_are_refused(use):
+    cfg = method_config("LOGOPROMPT", VISUAL_PROMPT=use, TUNE_VISUAL=True, SELECT_AT_TEST=False)
+    errors = [line for line in logoprompt.CustomCLIP.config_errors(cfg) if "VISUAL_PROMPT selection" in line]
+    assert [line.split()[0] for line in errors] == [
+        "TRAINER.LOGOPROMPT.TUNE_VISUAL",
+        "TRAINER.LOGOPROMPT.SELECT_AT_TEST",
+    ]
 
 
 def test_text_augmentation_adds_a_drawn_image_per_class(run):

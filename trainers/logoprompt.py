@@ -251,11 +251,13 @@ class CustomCLIP(Method):
         options, total = cfg.TRAINER.LOGOPROMPT, cfg.OPTIM.MAX_EPOCH
         last = adapter_epochs(cfg)
         fixed, generic, text = not options.TUNE_VISUAL, options.TEXT_PROMPT == "generic", max(0, total - last)
+        use, pasted = options.VISUAL_PROMPT, options.VISUAL_PROMPT in ("selection", "paired")
         conditions = (
             ("ADAPTER_EPOCHS", last <= max(total, 0), f"must be at most OPTIM.MAX_EPOCH ({total})"),
             ("STAGE1_EPOCHS", generic or text >= options.STAGE1_EPOCHS, f"must be at most {text}, less the adapter's"),
             ("ADAPTER_SEARCH", options.ADAPTER or not options.ADAPTER_SEARCH, "requires ADAPTER True"),
-            ("TUNE_VISUAL", fixed or options.VISUAL_PROMPT != "none", "requires another VISUAL_PROMPT than none"),
+            ("TUNE_VISUAL", fixed or pasted, "requires VISUAL_PROMPT selection or paired: others paste no blocks"),
+            ("SELECT_AT_TEST", options.SELECT_AT_TEST or use == "selection", "requires VISUAL_PROMPT selection"),
             ("VIEWS", fixed or not options.VIEWS, "requires TUNE_VISUAL False: tuned blocks change at every step"),
         )
         errors = [*super().config_errors(cfg), *user_error_messages(lambda: check_font(options.FONT))]
