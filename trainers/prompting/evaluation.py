@@ -98,7 +98,7 @@ class ImageSource:
     _encoder_key: Optional[bytes] = None  # hashes all weights: once per run
 
     def batches(self, loader: DataLoader, use_store: bool = True) -> Iterator[Batch]:
-        """This process's part of a loader's images, with labels; with a store, images are read only if it lacks some."""
+        """This process's part of the images of a loader, with labels. A store saves reading those that it knows."""
         if distributed.processes() > 1:
             items = distributed.part(loader.dataset.data_source)
             loader = ordered_loader(self.cfg, items, loader.dataset.transform)
