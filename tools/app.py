@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import importlib.util
 import os
 import re
 import shutil
@@ -19,7 +18,6 @@ import signal
 import sys
 import tempfile
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
@@ -32,15 +30,13 @@ import app_teach as work  # isort: skip (makes `import dassl` work)
 import app_view as view  # isort: skip
 import gradio as gr
 import torch
-from numpy.random import RandomState
 from torchvision.transforms.functional import to_pil_image
 
 import preview
 import train
-from toy.drawing import STYLES, draw
 from trainers.predictor import Predictor, Source, run_config
 from trainers.prompting.data import read_image
-from trainers.prompting.errors import UserError, messages
+from trainers.prompting.errors import UserError
 from trainers.prompting.image_batch import ImageBatch
 from trainers.prompting.names import clean_name
 from trainers.prompting.paste import places_of
@@ -49,7 +45,6 @@ from trainers.prompting.render import blocks_of
 SHOWN, TABLE, MAX_IMAGES, BOXES = 6, 200, 500, 10  # images on the tab See, in a table, at once; boxes of classes
 MAX_FILE = "20mb"
 BY_HAND, NAMES = "by hand", ["tiny", "tiny-vit", "RN50", "ViT-B/16"]
-EXAMPLES = ("apple", "bell", "fish", "house", "key", "star")
 BACKBONES: dict[Any, Any] = {}  # loaded ones; all sessions share them, none changes them
 TRAININGS: dict[Optional[str], work.Training] = {}  # that are running, by browser session
 LOCK = threading.Lock()  # one model at a time: the cores are shared, and stdout is redirected while models are built
@@ -104,14 +99,6 @@ def logoprompt_of(model: str, names: Sequence[str], **options: Any) -> Predictor
     return predictor
 
 
-def failure(error: Exception) -> str:
-    """An error as sentences on the page; one of the code is also reported on the terminal."""
-    if (lines := messages(error)) is None:
-        traceback.print_exception(type(error), error, error.__traceback__)
-        lines = [f"This did not work ({type(error).__name__}); the terminal shows why."]
-    return "".join(view.paragraph(line.removeprefix("--classnames: "), "alert") for line in lines)
-
-
 def guarded(outputs: int) -> Callable:
     """One call at a time. An error becomes a sentence in the first output and leaves the others as they are."""
 
@@ -122,7 +109,7 @@ def guarded(outputs: int) -> Callable:
                 with LOCK, work.silently():
                     return function(*args)
             except Exception as error:  # noqa: BLE001 (the page goes on working)
-                return failure(error) if outputs == 1 else (failure(error), *[gr.skip()] * (outputs - 1))
+                return view.failure(error) if outputs == 1 else (view.failure(error), *[gr.skip()] * (outputs - 1))
 
         return call
 
@@ -190,14 +177,12 @@ def classify(images: Any, model: str, names: str) -> tuple[Any, ...]:
                 same.append(found.selected == 0)
         results.append(result)
         rows += [view.prediction_row(found)] if len(rows) < TABLE else []
-    failed = sum("error" in result for result in results)
-    text = f"{len(results) - failed} images classified" + f", {failed} could not be read" * (failed > 0)
-    if same:
-        share = f"{sum(same)} of {len(same)} ({100 * sum(same) / len(same):.1f} %)"
-        text += f"; with and without selection the same class in {share}"
-    text += f". The table shows the first {TABLE}." if len(results) > TABLE else "."
     files = view.save_predictions(tempfile.mkdtemp(), results)
-    page = [*map(view.paragraph, predictor.warnings), view.paragraph(text, "answer"), view.table(rows, bool(same))]
+    page = [
+        *map(view.paragraph, predictor.warnings),
+        view.summary(results, same, len(rows)),
+        view.table(rows, bool(same)),
+    ]
     return "".join(page), *(gr.DownloadButton(value=path, interactive=True) for path in files)
 
 
@@ -226,7 +211,7 @@ def teach(request: gr.Request, runs: list[str], method: str, model: str, epochs:
         status = "".join(map(view.paragraph, faults)) + view.paragraph(text, "answer")
         yield status, runs, *[gr.Dropdown(choices=choices)] * 2, gr.DownloadButton(value=packed, interactive=True)
     except Exception as error:  # noqa: BLE001 (the page goes on working)
-        yield failure(error), *waiting
+        yield view.failure(error), *waiting
 
 
 def test_run(images: Any, runs: list[str]) -> str:
@@ -241,18 +226,8 @@ def stop(request: gr.Request) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- the page
-def examples(count: int) -> dict[str, list[str]]:
-    """Files with drawings of the embedded world, by class."""
-    folder, found = tempfile.mkdtemp(), {}
-    for i, kind in enumerate(EXAMPLES):
-        found[kind] = [f"{folder}/{kind} {n + 1}.png" for n in range(count)]
-        for n, path in enumerate(found[kind]):
-            draw(kind, STYLES["scene"], RandomState([i, n]), 128).image.save(path)
-    return found
-
-
 def image_field(**options: Any) -> gr.File:
-    field = gr.File(**{"label": "Images", "file_count": "multiple", "height": 140, **options})
+    field = gr.File(**{"label": "Images", "file_count": "multiple", "height": 190, **options})
     field.preprocess = sources  # the names that the files have on the user's disk
     return field
 
@@ -283,10 +258,8 @@ def class_boxes(drawings: dict[str, list[str]]) -> list[Any]:
 
 def build() -> gr.Blocks:
     """The page."""
-    drawings, training = examples(1), examples(4)
+    drawings, training = work.examples(1), work.examples(4)
     paths, names = [path for group in drawings.values() for path in group], "\n".join(drawings)
-    fonts = Path(importlib.util.find_spec("matplotlib").origin).parent.glob("mpl-data/fonts/ttf/DejaVuSans*.ttf")
-    fonts = [("Pillow's own", ""), *sorted((path.stem, str(path)) for path in fonts if "Display" not in path.stem)]
     lines = {"lines": 4, "max_lines": 8, "info": "one a line"}
     with gr.Blocks(title="LoGoPrompt", analytics_enabled=False, fill_width=True) as page:
         gr.HTML("<h1>LoGoPrompt</h1><p>Images of class names as visual prompts for CLIP</p>", elem_classes="lp-head")
@@ -301,7 +274,9 @@ def build() -> gr.Blocks:
                 down = gr.Slider(0, 1, 0.5, step=0.01, label="Distance from the top", visible=False)
                 seed = gr.Number(0, precision=0, label="Seed of places and colours")
                 k = gr.Slider(1, 10, 5, step=1, label="K, number of candidates")
-                font = gr.Dropdown(fonts, value="", allow_custom_value=True, label="Font", info="or the path of a file")
+                font = gr.Dropdown(
+                    view.fonts(), value="", allow_custom_value=True, label="Font", info="or the path of a file"
+                )
                 fields += [height, place, down, seed, k, font]
             with gr.Column(scale=3, min_width=280):
                 seen = gr.HTML(elem_id="see")
@@ -318,8 +293,8 @@ def build() -> gr.Blocks:
             with gr.Row():
                 images, options = image_field(), [model_field(), gr.Textbox(label="Classes, empty: the run's", **lines)]
             with gr.Row():
-                folder = gr.UploadButton("Choose a folder", file_count="directory", size="sm")
-                fill, start = gr.Button("Use example drawings", size="sm"), gr.Button("Classify", variant="primary")
+                folder = gr.UploadButton("Choose a folder", file_count="directory")
+                fill, start = gr.Button("Use example drawings"), gr.Button("Classify", variant="primary")
             folder.upload(lambda found: found, folder, images)
             fill.click(lambda: (paths, names), None, [images, options[1]])
             answer = gr.HTML(elem_id="classify")
@@ -337,7 +312,8 @@ def build() -> gr.Blocks:
                 start, end = gr.Button("Train", variant="primary"), gr.Button("Stop", variant="stop")
                 packed = gr.DownloadButton("Download the run folder", interactive=False)
             outputs = [gr.HTML(elem_id="teach"), runs, see_model, options[0], packed]
-            start.click(teach, [runs, method, backbone, epochs, *boxes], outputs, show_progress="hidden")
+            inputs = [runs, method, backbone, epochs, *boxes]
+            start.click(teach, inputs, outputs, show_progress="hidden", concurrency_limit=4)
             end.click(stop, concurrency_limit=None)
             further = image_field(label="Further images, to test it")
             further.change(test_run, [further, runs], gr.HTML(elem_id="test"))
@@ -365,12 +341,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     os.environ |= {"GRADIO_TEMP_DIR": f"{tempfile.tempdir}/uploads", "MPLCONFIGDIR": f"{tempfile.tempdir}/matplotlib"}
     atexit.register(clean_up)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    fonts = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # not from the network
-    theme = gr.themes.Base(primary_hue="teal", secondary_hue="teal", neutral_hue="slate", radius_size="md", **fonts)
-    dark = ("button_primary_background_fill", "checkbox_label_background_fill_selected")  # readable below white text
-    theme.set(**{f"{key}{mode}": "*primary_700" for key in dark for mode in ("", "_dark")})
     options = {"server_name": args.host, "server_port": args.port or None, "share": False, "max_file_size": MAX_FILE}
-    style = {"theme": theme, "css_paths": Path(__file__).with_suffix(".css"), "footer_links": ["settings"]}
+    style = {"theme": view.theme(), "css_paths": Path(__file__).with_suffix(".css"), "footer_links": ["settings"]}
     _, url, _ = build().launch(**options, **style, quiet=True, prevent_thread_lock=True)
     print(f"LoGoPrompt is on {url} (Ctrl-C ends it)", flush=True)
     try:

@@ -1,4 +1,4 @@
-"""What ``tools/app.py`` trains: images of classes as a data set, arguments of ``train.py``, a run that can be stopped."""
+"""What ``tools/app.py`` trains: classes of images as a data set, arguments of ``train.py``, and a run that can stop."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Optional
 
+from numpy.random import RandomState
+
 import train
+from toy.drawing import STYLES, draw
 from trainers.predictor import Source
 from trainers.prompting.backbone import TINIES, check_name, load_clip, preprocessing
 from trainers.prompting.data import read_image
@@ -20,6 +24,7 @@ from trainers.prompting.errors import UserError
 from trainers.prompting.names import clean_name
 
 ROOT = Path(train.__file__).resolve().parent
+EXAMPLES = ("apple", "bell", "fish", "house", "key", "star")  # classes of the embedded world
 LINES = 20  # of a run's output that are searched for an error
 
 
@@ -119,3 +124,13 @@ class Training:
 def silently() -> redirect_stdout:
     """A context without the output of models that are built."""
     return redirect_stdout(io.StringIO())
+
+
+def examples(count: int) -> dict[str, list[str]]:
+    """Files with drawings of the embedded world, by class."""
+    folder, found = tempfile.mkdtemp(), {}
+    for i, kind in enumerate(EXAMPLES):
+        found[kind] = [f"{folder}/{kind} {n + 1}.png" for n in range(count)]
+        for n, path in enumerate(found[kind]):
+            draw(kind, STYLES["scene"], RandomState([i, n]), 128).image.save(path)
+    return found

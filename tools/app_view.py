@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import json
 import os
 import re
 import tempfile
+import traceback
 from collections.abc import Iterable
 from html import escape
+from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import pandas as pd
 import torch
 from PIL import Image
 
+from trainers.prompting.errors import messages
 from trainers.prompting.explanation import Explanation
 from trainers.prompting.names import clean_name
 from trainers.prompting.results import write_text
@@ -31,6 +36,14 @@ def short(text: str) -> str:
 def paragraph(text: str, kind: str = "note") -> str:
     """A sentence; an ``alert`` is read aloud at once, an ``answer`` is large."""
     return f'<p class="lp-{kind}"{" role=alert" * (kind == "alert")}>{escape(short(text))}</p>'
+
+
+def failure(error: Exception) -> str:
+    """An error as sentences on the page; one of the code is also reported on the terminal."""
+    if (lines := messages(error)) is None:
+        traceback.print_exception(type(error), error, error.__traceback__)
+        lines = [f"This did not work ({type(error).__name__}); the terminal shows why."]
+    return "".join(paragraph(line.removeprefix("--classnames: "), "alert") for line in lines)
 
 
 def picture(image: Image.Image, alt: str) -> str:
@@ -53,7 +66,8 @@ def selection(found: Explanation) -> str:
 
     def figure(image: Image.Image, alt: str, caption: str, selected: bool = False) -> str:
         badge, kind = '<span class="lp-badge">selected</span>' * selected, " lp-selected" * selected
-        return f'<figure class="lp-figure{kind}">{picture(image, alt)}<figcaption>{caption}{badge}</figcaption>'
+        image = f"{picture(image, alt)}<figcaption>{caption}{badge}</figcaption>"
+        return f'<figure class="lp-figure{kind}">{image}</figure>'
 
     name = found.prediction.relative
     figures = [figure(found.image, f"the image {name}", f"<b>{escape(name)}</b>the image x")]
@@ -78,6 +92,16 @@ def prediction_row(found: Explanation) -> str:
     return f"<tr><td>{picture(found.image, prediction.relative)}</td>{name}<td>{bars}</td>{alone}</tr>"
 
 
+def summary(results: list[dict[str, Any]], same: list[bool], shown: int) -> str:
+    """How many images were classified, and how many of those that were compared have the same class both times."""
+    failed = sum("error" in result for result in results)
+    text = f"{len(results) - failed} images classified" + f", {failed} could not be read" * (failed > 0)
+    if same:
+        share = f"{sum(same)} of {len(same)} ({100 * sum(same) / len(same):.1f} %)"
+        text += f"; with and without selection the same class in {share}"
+    return paragraph(f"{text}." + f" The table shows the first {shown}." * (len(results) > shown), "answer")
+
+
 def table(rows: Iterable[str], selects: bool) -> str:
     head = "<th></th><th>image</th><th>most probable classes</th>" + "<th>without selection</th>" * selects
     return f'<table class="lp-table"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
@@ -88,18 +112,18 @@ def chart(values: dict[str, torch.Tensor]) -> str:
     rows = range(len(values["label"]))
     plain, own, wrong = (values[key][rows, values["label"]].tolist() for key in ("none", "true", "hard"))
     order = sorted(rows, key=plain.__getitem__)
-    x, y = (lambda i: 40 + 580 * (i + 0.5) / len(order)), (lambda p: 210 - 195 * p)
+    x, y = (lambda i: 40 + 370 * (i + 0.5) / len(order)), (lambda p: 210 - 195 * p)
     line = " ".join(f"{x(i):.1f},{y(plain[n]):.1f}" for i, n in enumerate(order))
     marks = "".join(
         f'<path class="lp-wrong" d="M{x(i) - 4:.1f},{y(wrong[n]) - 4:.1f}l8,8m0,-8l-8,8"/>'
         f'<circle class="lp-own" cx="{x(i):.1f}" cy="{y(own[n]):.1f}" r="4"/>'
         for i, n in enumerate(order)
     )
-    axis = (f'<path class="lp-axis" d="M40,{y(p)}h580"/><text x="6" y="{y(p) + 5}">{p}</text>' for p in (0, 0.5, 1))
+    axis = (f'<path class="lp-axis" d="M40,{y(p)}h370"/><text x="0" y="{y(p) + 5}">{p}</text>' for p in (0, 0.5, 1))
     label = "Scores of the true class, sorted: without a block, with its own block, with the block of a wrong class"
     drawn = f'{"".join(axis)}<polyline points="{line}"/>{marks}'
     return (
-        f'<svg class="lp-chart" viewBox="0 0 630 220" role="img" aria-label="{label}">{drawn}</svg>'
+        f'<svg class="lp-chart" viewBox="0 0 412 220" role="img" aria-label="{label}">{drawn}</svg>'
         '<p class="lp-legend">p(y|x) of each image, sorted: <b>―</b> without a block, <b class="lp-own">●</b> with the '
         'block of its class, <b class="lp-wrong">✕</b> with that of the most probable wrong class</p>'
     )
@@ -125,8 +149,8 @@ def verdict(values: dict[str, torch.Tensor], share_below: float) -> list[str]:
         f"{int((reading > 0).sum())} of {n} images the name of its own class raises a class more than another name at "
         f"the same place does, by {reading.mean():+.2f} log-odds on average.",
         f"LoGoPrompt {'can' if helps else 'cannot'} be expected to help: compared with the image alone, its own block "
-        f"changes the true class by {own.mean():+.2f} log-odds, that of the most probable wrong class changes that "
-        f"class by {rival.mean():+.2f}.",
+        f"changes the true class by {own.mean():+.2f} log-odds, the block of the most probable wrong class "
+        f"changes that class by {rival.mean():+.2f}.",
         f"An image of the class name alone is closer to its prompt than {share_below:.0f} % of these images.",
     ]
 
@@ -142,3 +166,23 @@ def save_predictions(folder: str, results: list[dict[str, Any]]) -> list[str]:
     pd.DataFrame(rows).to_csv(paths[0], index=False, encoding="utf-8-sig")
     write_text(paths[1], json.dumps(results, indent=1))
     return paths
+
+
+def theme() -> gr.themes.Base:
+    """Gradio's plainest theme in readable colours, with fonts of the user's machine."""
+    fonts = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # not from the network
+    made = gr.themes.Base(primary_hue="teal", secondary_hue="teal", neutral_hue="slate", radius_size="md", **fonts)
+    dark = ("button_primary_background_fill", "checkbox_label_background_fill_selected")
+    grey = ("body_text_color_subdued", "block_info_text_color", "block_label_text_color", "block_title_text_color")
+    colours = {**dict.fromkeys(dark, ("*primary_700",) * 2), **dict.fromkeys(grey, ("*neutral_600", "*neutral_300"))}
+    colours |= {"checkbox_label_text_color_selected": ("white",) * 2, "button_primary_text_color": ("white",) * 2}
+    colours |= {"button_primary_background_fill_hover": ("*primary_800",) * 2}
+    made.set(**{f"{key}{mode}": colour for key, pair in colours.items() for mode, colour in zip(("", "_dark"), pair)})
+    return made
+
+
+def fonts() -> list[tuple[str, str]]:
+    """Names and paths of fonts that are certainly installed: Pillow's, which needs no path, and matplotlib's."""
+    folder = Path(importlib.util.find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf"
+    files = sorted(folder.glob("DejaVuSans*.ttf")) + sorted(folder.glob("DejaVuSerif*.ttf"))
+    return [("Pillow's own", ""), *((path.stem, str(path)) for path in files if "Display" not in path.stem)]
