@@ -27,8 +27,6 @@ from typing import Any, Optional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import app_teach as work  # isort: skip (makes `import dassl` work)
-import app_view as view  # isort: skip
-import gradio as gr
 import torch
 from torchvision.transforms.functional import to_pil_image
 
@@ -41,6 +39,14 @@ from trainers.prompting.image_batch import ImageBatch
 from trainers.prompting.names import clean_name
 from trainers.prompting.paste import places_of
 from trainers.prompting.render import blocks_of
+
+os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="logoprompt-app-")
+os.environ |= {"GRADIO_TEMP_DIR": f"{tempfile.tempdir}/uploads", "MPLCONFIGDIR": f"{tempfile.tempdir}/matplotlib"}
+atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
+
+import gradio as gr  # noqa: E402 (writes there when it is imported)
+
+import app_view as view  # noqa: E402
 
 SHOWN, TABLE, MAX_IMAGES, BOXES = 6, 200, 500, 10  # images on the tab See, in a table, at once; boxes of classes
 MAX_FILE = "20mb"
@@ -71,8 +77,9 @@ def names_of(text: Optional[str]) -> list[str]:
 
 
 def classes_of(boxes: Sequence[Any]) -> tuple[dict[str, list[Source]], list[str]]:
-    images_of([source for sources in boxes[1::2] for source in sources or ()])
-    return work.read_classes(list(zip(boxes[::2], boxes[1::2])))
+    found, faults = work.read_classes(list(zip(boxes[::2], boxes[1::2])))
+    images_of([source for group in found.values() for source in group])
+    return found, faults
 
 
 def predictor_of(model: Optional[str], names: Sequence[str], **options: Any) -> Predictor:
@@ -123,7 +130,7 @@ def see(
 ) -> str:
     """Blocks V_c, and the candidates of each image."""
     images, location = images_of(images), "random" if place == BY_HAND else place
-    options = {"BLOCK_HEIGHT": float(height), "LOCATION": location, "VISUAL_SEED": int(seed or 0), "FONT": font or ""}
+    options = {"BLOCK_HEIGHT": height / 14, "LOCATION": location, "VISUAL_SEED": int(seed or 0), "FONT": font or ""}
     predictor = logoprompt_of(model, names_of(names), K=int(k), **options)
     options, method = predictor.cfg.TRAINER.LOGOPROMPT, predictor.trainer.model
     size, names = predictor.trainer.backbone.input_resolution, predictor.classnames
@@ -178,12 +185,9 @@ def classify(images: Any, model: str, names: str) -> tuple[Any, ...]:
         results.append(result)
         rows += [view.prediction_row(found)] if len(rows) < TABLE else []
     files = view.save_predictions(tempfile.mkdtemp(), results)
-    page = [
-        *map(view.paragraph, predictor.warnings),
-        view.summary(results, same, len(rows)),
-        view.table(rows, bool(same)),
-    ]
-    return "".join(page), *(gr.DownloadButton(value=path, interactive=True) for path in files)
+    notes, summary = map(view.paragraph, predictor.warnings), view.summary(results, same, len(rows))
+    buttons = (gr.DownloadButton(value=path, interactive=True) for path in files)
+    return "".join([*notes, summary, view.table(rows, bool(same))]), *buttons
 
 
 def teach(request: gr.Request, runs: list[str], method: str, model: str, epochs: float, *boxes: Any) -> Iterator[Any]:
@@ -266,17 +270,13 @@ def build() -> gr.Blocks:
         with gr.Tab("See"), gr.Row():
             with gr.Column(scale=1, min_width=280):
                 fields = [image_field(value=paths[:3]), gr.Textbox(names, label="Classes", **lines), model_field()]
-                see_model, height = (
-                    fields[2],
-                    gr.Slider(0.05, 1, round(1 / 7, 3), step=0.001, label="Height of the block"),
-                )
+                height = gr.Slider(0.5, 14, 2, step=0.5, label="Height of the block, 14ths of the image")
                 place = gr.Radio(["random", "top", "bottom", BY_HAND], value="random", label="Place of the block")
                 down = gr.Slider(0, 1, 0.5, step=0.01, label="Distance from the top", visible=False)
                 seed = gr.Number(0, precision=0, label="Seed of places and colours")
                 k = gr.Slider(1, 10, 5, step=1, label="K, number of candidates")
-                font = gr.Dropdown(
-                    view.fonts(), value="", allow_custom_value=True, label="Font", info="or the path of a file"
-                )
+                any_path = {"allow_custom_value": True, "info": "or the path of a file"}
+                font, see_model = gr.Dropdown(view.fonts(), value="", label="Font", **any_path), fields[2]
                 fields += [height, place, down, seed, k, font]
             with gr.Column(scale=3, min_width=280):
                 seen = gr.HTML(elem_id="see")
@@ -321,13 +321,6 @@ def build() -> gr.Blocks:
     return page
 
 
-def clean_up() -> None:
-    for training in TRAININGS.values():
-        training.stop()
-        training.process.wait()
-    shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -337,9 +330,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser.parse_args(argv)
     if args.host not in ("127.0.0.1", "localhost", "::1"):
         print("WARNING: whoever reaches this address can use the page and name files of this machine", file=sys.stderr)
-    tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="logoprompt-app-")
-    os.environ |= {"GRADIO_TEMP_DIR": f"{tempfile.tempdir}/uploads", "MPLCONFIGDIR": f"{tempfile.tempdir}/matplotlib"}
-    atexit.register(clean_up)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options = {"server_name": args.host, "server_port": args.port or None, "share": False, "max_file_size": MAX_FILE}
     style = {"theme": view.theme(), "css_paths": Path(__file__).with_suffix(".css"), "footer_links": ["settings"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import re
 import signal
@@ -94,6 +95,7 @@ class Training:
         command = [sys.executable, "-u", str(ROOT / "train.py"), *words]
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         self.process = subprocess.Popen(command, text=True, errors="replace", **streams)
+        atexit.register(self.close)  # before its folder is removed
 
     def epochs(self) -> Iterator[tuple[int, int]]:
         """(done, total) after every epoch, until the run ends."""
@@ -111,6 +113,11 @@ class Training:
         """End it; it saves the last complete epoch."""
         if self.process.poll() is None:
             self.process.terminate()
+
+    def close(self) -> None:
+        """End it, and wait until it has written what it saves."""
+        self.stop()
+        self.process.wait()
 
     def finished(self) -> bool:
         """Whether it came to its end; False where it was stopped. Raises UserError with what it reported."""
