@@ -310,7 +310,7 @@ def build() -> gr.Blocks:
                 epochs = gr.Slider(2, 200, 10, step=1, label="Epochs of LoGoPrompt")
             with gr.Row():
                 start, end = gr.Button("Train", variant="primary"), gr.Button("Stop", variant="stop")
-                packed = gr.DownloadButton("Download the run folder", interactive=False)
+                packed = gr.DownloadButton("Download the run", interactive=False)
             outputs = [gr.HTML(elem_id="teach"), runs, see_model, options[0], packed]
             inputs = [runs, method, backbone, epochs, *boxes]
             start.click(teach, inputs, outputs, show_progress="hidden", concurrency_limit=4)
