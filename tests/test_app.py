@@ -88,8 +88,8 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser():
     with sync_playwright() as playwright:
-        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium has none for root
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=sandbox)
+        options = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium has none for root
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=[*options, "--disable-dev-shm-usage"])
 
 
 class Page:
