@@ -228,7 +228,7 @@ def test_a_stopped_training_can_be_used_and_ends_with_its_session(page, server, 
     page.press("Stop")
     page.text("#teach", "Stopped. The last complete epoch was saved")
     page.upload("Further images, to test it", drawings["apple"][:1])
-    page.text("#test", "1 images classified")
+    page.text("#test", "1 image classified")
     page.press("Train")
     page.text("#teach", "Epoch")
     assert len(server.trainings) == 1
@@ -308,6 +308,9 @@ def test_bad_input_becomes_a_sentence_and_the_page_goes_on(page, drawings, train
     page.field("LoGoPrompt").check()
     page.press("Train")
     page.text("#teach", "cannot be drawn")
+    (large := tmp_path / "large.png").write_bytes(bytes(21_000_000))
+    page.page.locator("input[type=file]").last.set_input_files(str(large))
+    expect(page.page.get_by_text("exceed the maximum allowed size")).to_be_visible(timeout=WAIT)
 
 
 @needs_browser

@@ -95,7 +95,8 @@ def prediction_row(found: Explanation) -> str:
 def summary(results: list[dict[str, Any]], same: list[bool], shown: int) -> str:
     """How many images were classified, and how many of those that were compared have the same class both times."""
     failed = sum("error" in result for result in results)
-    text = f"{len(results) - failed} images classified" + f", {failed} could not be read" * (failed > 0)
+    n = len(results) - failed
+    text = f"{n} image{'s' * (n != 1)} classified" + f", {failed} could not be read" * (failed > 0)
     if same:
         share = f"{sum(same)} of {len(same)} ({100 * sum(same) / len(same):.1f} %)"
         text += f"; with and without selection the same class in {share}"
