@@ -24,6 +24,7 @@ from trainers.prompting import evaluation
 from trainers.prompting.data import read_image
 from trainers.prompting.errors import UserError
 from trainers.prompting.paste import places_of, uniform_of_paths
+from trainers.prompting.text_encoder import encode_texts
 
 BASE, NEW = NAMES[:4], NAMES[4:]
 METHOD = "TRAINER.LOGOPROMPT."
@@ -441,3 +442,29 @@ def test_file_name_that_is_not_text(command, runs, odd, tmp_path):
     status, lines, errors = command(*words)
     assert status == 0 and errors == [] and [os.fsencode(line["path"]) for line in lines] == [path, path]
     assert len(list((tmp_path / "why").iterdir())) == 2
+
+
+def test_untrained_is_zero_shot_clip_with_selection(rn_file, odd, tmp_path):
+    words = arguments("LoGoPrompt", tmp_path, rn_file, tmp_path / "run", METHOD + "TEXT_PROMPT", "generic")
+    cfg, backbones = train.setup_cfg(train.parse_args(words)), {}
+    predictors = [Predictor.untrained(cfg, names, backbones) for names in (NAMES, NAMES[:3])]
+    assert len({id(predictor.trainer.backbone) for predictor in predictors}) == len(backbones) == 1
+    (found,), backbone = list(predictors[0].explain([odd / "cmyk.jpg"])), predictors[0].trainer.backbone
+    texts = encode_texts(backbone, [f"a photo of a {name.replace('_', ' ')}." for name in NAMES])
+    image = predictors[0].transform(read_image(str(odd / "cmyk.jpg"))).unsqueeze(0)
+    p = backbone.logits(torch.nn.functional.normalize(backbone.encode_image(image), dim=-1), texts)[0].softmax(0)
+    assert [c.classname for c in found.candidates] == [NAMES[i] for i in p.argsort(descending=True)[:5]]
+    best = p.sort(descending=True).values[:5].tolist()
+    assert [c.original for c in found.candidates] == pytest.approx(best, abs=1e-4)
+    assert all(c.conditional is not None for c in found.candidates)
+
+
+def test_options_override_those_of_the_run(runs, odd, capsys):
+    folder, _ = runs("generic")
+    few = Predictor(folder, options=[METHOD + "K", 2, METHOD + "LOCATION", "top", METHOD + "BLOCK_HEIGHT", 0.02])
+    (found,) = few.explain([odd / "cmyk.jpg"])
+    assert len(found.candidates) == 2 and found.candidates[0].picture.size == (SIZE, SIZE)
+    assert few.warnings and few.warnings[0].startswith("Visual prompts too small to read in 1x64 pixels")
+    assert few.warnings[0] in capsys.readouterr().err
+    changed = np.asarray(found.candidates[0].picture) != np.asarray(found.image)
+    assert changed[0].any() and not changed[1:].any()

@@ -80,7 +80,7 @@ class PromptTrainer(TrainerX):
 
     def build_model(self) -> None:
         cfg = self.cfg
-        self.backbone, prec = load_backbone(cfg, self.method_class.precision(cfg), self.device)
+        self.backbone, prec = self.load_backbone()
         self.autocast = torch.autocast(self.device.type, torch.float16) if prec == "amp" else nullcontext()
         self.scaler = grad_scaler() if prec in self.method_class.scaled_precisions else None
         self.model = self.method_class(cfg, self.classnames, self.backbone).to(self.device)
@@ -107,6 +107,10 @@ class PromptTrainer(TrainerX):
         parts = {"collapse": self.monitor, **({} if self.view_cache is None else {"views": self.view_cache})}
         state = learned, self.optim, self.scaler, parts
         self.checkpointer = Checkpointer(cfg, self.classnames, *state, stage_keys, self.backbone.fingerprint)
+
+    def load_backbone(self) -> tuple[Backbone, str]:
+        """CLIP for this config, and the precision that it computes in."""
+        return load_backbone(self.cfg, self.method_class.precision(self.cfg), self.device)
 
     @property
     def classnames(self) -> list[str]:
