@@ -45,7 +45,7 @@ def zero_shot(trainer: Any) -> dict[str, torch.Tensor]:
     """Zero-shot scores of the N test images, without a block and with one.
 
     Returns ``label`` (N,); ``cosine`` (N, C) of images and prompts; ``none`` (N, C) p(.|x); for each of ``BLOCKS``
-    (N, C) p(.|x_c) and its class c (N,), ``class of …``; ``name`` (C,) cosines of drawn class names and their prompts.
+    (N, C) p(.|x_c) and its class c (N,), ``class of …``; ``names`` (C, C) cosines of drawn class names and all prompts.
     """
     model, backbone, names, found = trainer.model, trainer.backbone, trainer.classnames, defaultdict(list)
     prompts = encode_texts(backbone, [DEFAULT_TEMPLATE.format(clean_name(name)) for name in names])
@@ -63,13 +63,27 @@ def zero_shot(trainer: Any) -> dict[str, torch.Tensor]:
     pictures = render_blocks(names, size, size, options.VISUAL_SEED, options.MIN_CONTRAST, options.FONT)
     pictures = (pictures.to(trainer.device) - model.mean) / model.std
     features = torch.cat([backbone.encode_image(part) for part in pictures.split(100)])
-    name = F.cosine_similarity(features.float(), prompts.float()).cpu()
-    return {"name": name, **{key: torch.cat(pieces) for key, pieces in found.items()}}
+    names = (F.normalize(features.float(), dim=-1) @ prompts.float().T).cpu()
+    return {"names": names, **{key: torch.cat(pieces) for key, pieces in found.items()}}
 
 
 def reading_score(values: dict[str, torch.Tensor]) -> float:
     """Share in % of pairs of a test image and a class for which an image of the class name is closer to the prompt."""
-    return 100 * (values["cosine"] <= values["name"]).float().mean().item()
+    return 100 * (values["cosine"] <= values["names"].diag()).float().mean().item()
+
+
+def log_odds_rises(values: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(2, N) rise of the log-odds of the true class by its own block, and of the most probable wrong class by its."""
+    rows = range(len(values["label"]))
+    before, after = (
+        torch.stack([values[key if key != "none" else "none"][rows, values[f"class of {key}"]] for key in keys]) for keys in ()
+    )
+    return after - before
+
+
+def verdicts(values: dict[str, torch.Tensor]) -> list[str]:
+    """Whether the backbone reads class names, and what their blocks mean for selection."""
+    ...
 
 
 def draw(values: dict[str, torch.Tensor], classnames: Sequence[str], path: str) -> None:

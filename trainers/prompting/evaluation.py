@@ -21,7 +21,7 @@ from .data import READER_VERSION, ordered_loader, read_image
 from .errors import UserError
 from .feature_store import FeatureStore, NotAStore, encoder_key, image_key
 from .image_batch import ImageBatch, StoredBatch
-from .method import Method
+from .method import Comparison, Method
 from .names import relative_path
 
 THREADS = min(8, os.cpu_count() or 1)  # decode images of which a store lacks something
@@ -34,7 +34,7 @@ class Evaluation:
 
     split: str  # test or val
     metrics: dict[str, float]  # of Dassl's evaluator, accuracy in percent first
-    extra_metrics: dict[str, float] = field(default_factory=dict)  # of class-conditional images: percentages by name
+    extra_metrics: dict[str, float] = field(default_factory=dict)  # of class-conditional images, by name
     predictions: dict[str, int] = field(default_factory=dict)  # label by path relative to the data root
     warnings: list[str] = field(default_factory=list)  # why the numbers mean little
 
@@ -44,6 +44,7 @@ def evaluate(method: Method, batches: Iterable[Batch], evaluator: Any, split: st
     evaluator.reset()
     predictions: dict[str, int] = {}
     labels: set[int] = set()
+    rises: list[torch.Tensor] = []
     num_classes = compared = changed = correct_alone = 0
     text_features = method.text_features()
     with tqdm(total=total, unit="image", disable=None) as bar:
@@ -60,12 +61,17 @@ def evaluate(method: Method, batches: Iterable[Batch], evaluator: Any, split: st
                 compared += len(images)
                 changed += int((alone != predicted).sum())
                 correct_alone += int((alone == label).sum())
+                if not found.among_candidates:
+                    rises.append(log_odds_rises(found, label))
             bar.update(len(images))
     metrics = {key: float(value) for key, value in evaluator.evaluate().items()}
     evaluation = Evaluation(split, metrics, predictions=predictions)
     if compared:
         evaluation.extra_metrics["changed_by_selection"] = 100 * changed / compared
         evaluation.extra_metrics["accuracy_without_selection"] = 100 * correct_alone / compared
+        if sum(map(len, rises)):
+            true, wrong = torch.cat(rises).mean(dim=0).tolist()
+            evaluation.extra_metrics |= {"log_odds_rise_true": true, "log_odds_rise_wrong": wrong}
     warning = ""
     if num_classes == 1:
         warning = "there is one class to choose from, so every prediction is correct"
@@ -75,6 +81,19 @@ def evaluate(method: Method, batches: Iterable[Batch], evaluator: Any, split: st
         print(f"WARNING: {warning}")
         evaluation.warnings.append(warning)
     return evaluation
+
+
+def log_odds_rises(found: Comparison, label: torch.Tensor) -> torch.Tensor:
+    """How much its own block raises the log-odds of the true class, and those of the most probable wrong class.
+
+    (N, 2), a row for every image whose candidates contain both. Probabilities are kept within [1e-6, 1 - 1e-6].
+    """
+    pairs = (found.original.gather(1, found.candidates), found.conditional)
+    before, after = (torch.logit(log_p.double().exp(), eps=1e-6) for log_p in pairs)
+    right = found.candidates == label.unsqueeze(1)
+    both = right.any(dim=1) & ~right.all(dim=1)
+    first = [mask[both].long().argmax(dim=1, keepdim=True) for mask in (right, ~right)]  # most probable first
+    return torch.cat([(after - before)[both].gather(1, column) for column in first], dim=1)
 
 
 def check_scores(scores: torch.Tensor, paths: Sequence[str], what: str = "scores") -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Optional
 
@@ -21,7 +22,8 @@ from yacs.config import CfgNode
 
 from .backbone import Backbone, check_name, load_clip, preprocessing
 from .checkpoint import BEST, PROMPT_LEARNER, Checkpointer
-from .config import DASSL_RULES, SHARED_KEYS, lost_overrides, rules_of, user_error_messages, violations
+from .config import DASSL_RULES, SHARED_KEYS, command_settings, lost_overrides, rules_of
+from .config import user_error_messages, violations
 from .dassl_compat import build_optimizer, dassl_errors, grad_scaler, patch_dassl_warmup
 from .data import ImageDataset, drawn_items, handle_last_batch, index_loader, ordered_loader, training_loader
 from .errors import UserError
@@ -29,7 +31,7 @@ from .evaluation import Evaluation, FewShotFeatures, ImageSource, evaluate
 from .hooks import CollapseMonitor, EpochTimer, FiniteGuard, StageSchedule
 from .image_batch import ImageBatch, ViewCache
 from .method import Method
-from .results import described, remove_leftovers, write_results, write_text
+from .results import code_version, described, remove_leftovers, write_results, write_text
 from .run_folder import Stopped, command, locked, quiet_threads, stoppable
 from .weights import load_init_weights
 
@@ -45,6 +47,7 @@ class PromptTrainer(TrainerX):
     evaluation: Optional[Evaluation] = None  # the last one
     training = False  # during and after train()
     model_dir = ""  # run folder whose model was loaded
+    words: Sequence[str] = sys.argv  # the command: --config-file and KEY VALUE pairs are recorded
 
     @classmethod
     def config_errors(cls, cfg: CfgNode) -> list[str]:
@@ -74,7 +77,7 @@ class PromptTrainer(TrainerX):
         self.train_loader_x = handle_last_batch(self.train_loader_x, self.cfg.TRAIN.DROP_LAST)
 
     def build_model(self) -> None:
-        cfg = self.cfg
+        cfg, self.started = self.cfg, time.monotonic()
         self.backbone, prec = load_backbone(cfg, self.method_class.precision(cfg), self.device)
         self.autocast = torch.autocast(self.device.type, torch.float16) if prec == "amp" else nullcontext()
         self.scaler = grad_scaler() if prec in self.method_class.scaled_precisions else None
@@ -344,6 +347,9 @@ def write_run_results(trainer: PromptTrainer) -> None:
         "epochs": trainer.epoch + 1 if saved else 0,
         "model_dir": trainer.model_dir,
         "collapsed": trainer.monitor.collapsed if trainer.training else None,
+        **command_settings(trainer.words, cfg),
+        "seconds": round(time.monotonic() - trainer.started, 1),
+        "commit": code_version(),
     }
     results = {
         "metrics": evaluation.metrics,
@@ -351,6 +357,7 @@ def write_run_results(trainer: PromptTrainer) -> None:
         "split": evaluation.split or None,
         "images": len(evaluation.predictions),
         "classes": trainer.num_classes,
+        "classnames": trainer.classnames,
         "warnings": [*warnings, *evaluation.warnings],  # why the numbers may not mean what they seem to
         "run": run,
         "torch": torch.__version__,
