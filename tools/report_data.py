@@ -148,9 +148,9 @@ def read_settings(folder: Path) -> dict:
 
 
 def data_name(dataset: str, settings: dict) -> str:
-    """A data set's name, or the title or data root of an own folder."""
-    own = settings.get("DATASET.TITLE") or str(settings.get("DATASET.ROOT", "")).rstrip("/")
-    return own if own and dataset == "Folder" else dataset
+    """A data set's name; of an own folder its title, or the data root with a slash in front."""
+    root = str(settings.get("DATASET.ROOT", "")).strip("/")
+    return (settings.get("DATASET.TITLE") or (root and f"/{root}") or dataset) if dataset == "Folder" else dataset
 
 
 def short_names(names: pd.Series, paths: pd.Series) -> pd.Series:
@@ -216,7 +216,7 @@ def read_runs(roots: Sequence[Path], seeds: Sequence[int]) -> tuple[pd.DataFrame
     runs = pd.DataFrame(found, columns=list(Run._fields))
     if found:
         runs["backbone"] = short_names(runs.backbone, runs.backbone.str.fullmatch(PATH))
-        runs["dataset"] = short_names(runs.dataset, runs.dataset.str.contains("/"))
+        runs["dataset"] = short_names(runs.dataset, runs.dataset.str.startswith("/"))
     return runs, gaps, notes
 
 
@@ -291,9 +291,9 @@ def with_rows(runs: pd.DataFrame, report: Report) -> pd.DataFrame:
     model = runs.model_dir.where(runs.model_dir != "", runs.folder)
     for name in (model, runs.folder):  # other accuracies for no recorded reason
         for _, group in runs.groupby(same):
-            names = name[group.index].unique()
-            for other in names[1:] if group.accuracy.nunique() > 1 else ():
-                runs.loc[name == other, "run"] = os.path.relpath(other, os.path.commonpath(names))
+            names, other = name[group.index], group.accuracy != group.accuracy.iloc[0]
+            for folder in names[other].unique():
+                runs.loc[name == folder, "run"] = os.path.relpath(folder, os.path.commonpath(list(names)))
     first = runs.groupby(same).folder.transform("first")
     again = runs[first != runs.folder]
     report.notes.extend(f"counted once: {folder} repeats {first[i]}" for i, folder in again.folder.items())
