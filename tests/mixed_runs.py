@@ -14,11 +14,11 @@ from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+sys.path.insert(0, str(ROOT / "tools"))
 
 from runner import arguments  # isort: skip (makes `import dassl` work)
 import train
-from trainers.prompting.config import command_settings
+from trainers.prompting.names import command_settings
 from trainers.prompting.results import write_results, write_text
 
 NINE = {  # name -> accuracy on base and new classes
@@ -77,25 +77,26 @@ def mixed_output(root: Path) -> Path:
         model = model if subset == "new" and method != "ZeroshotCLIP" else ""
         write_run(folder / subset, accuracy, method, subset=subset, model_dir=model)
 
-    photos, few = {"dataset": "folder", "config": "rn50_ep50"}, ("DATASET.NUM_SHOTS", 4)
-    weights = [("MODEL.BACKBONE.NAME", root / f"weights/{name}/clip.pt") for name in ("first", "second")]
-    for _, path in weights:
+    weights = [root / f"weights/{name}/clip.pt" for name in ("first", "second")]
+    for path in weights:
         write_text(str(path), "")
-    mine = write_run(root / "mine", 81.0, "LoGoPrompt", *few, *weights[0], root="/data/a/photos", **photos)
-    write_run(root / "mine_eval", 81.0, "LoGoPrompt", *few, *weights[0], root="/data/a/photos", model_dir=mine, **photos)
-    write_run(root / "mine_clip2", 79.5, "LoGoPrompt", *few, *weights[1], root="/data/a/photos", **photos)
-    write_run(root / "mine_coop", 81.06, "CoOp", *few, *weights[0], root="/data/a/photos", **photos)
-    for name, opts, more in (
-        ("short", ("OPTIM.MAX_EPOCH", 2), {"warnings": [WARM_UP]}),
-        ("rate", ("OPTIM.LR", 0.1, "TRAINER.LOGOPROMPT.K", 3), {}),
-        ("chance", ("OPTIM.LR", 9.0), {"warnings": [CHANCE]}),
-    ):
-        write_run(root / f"mine_{name}", 70.0, "LoGoPrompt", *few, *weights[0], *opts, root="/data/a/photos", **photos, **more)
-    write_run(root / "other", 66.0, "LoGoPrompt", *few, *weights[0], root="/data/b/photos", **photos)
+
+    def own(name: str, accuracy: float, trainer: str, data: str, *opts: object, clip: int = 0, **more: object) -> Path:
+        opts = ("DATASET.NUM_SHOTS", 4, "MODEL.BACKBONE.NAME", weights[clip], *opts)
+        return write_run(root / name, accuracy, trainer, *opts, root=data, dataset="folder", config="rn50_ep50", **more)
+
+    mine = own("mine", 81.0, "LoGoPrompt", "/data/a/photos")
+    own("mine_eval", 81.0, "LoGoPrompt", "/data/a/photos", model_dir=mine)
+    own("mine_clip2", 79.5, "LoGoPrompt", "/data/a/photos", clip=1)
+    own("mine_coop", 81.06, "CoOp", "/data/a/photos")
+    own("mine_short", 70.0, "LoGoPrompt", "/data/a/photos", "OPTIM.MAX_EPOCH", 2, warnings=[WARM_UP])
+    own("mine_rate", 70.0, "LoGoPrompt", "/data/a/photos", "OPTIM.LR", 0.1, "TRAINER.LOGOPROMPT.K", 3)
+    own("mine_chance", 70.0, "LoGoPrompt", "/data/a/photos", "OPTIM.LR", 9.0, warnings=[CHANCE])
+    own("other", 66.0, "LoGoPrompt", "/data/b/photos")
     title = ("DATASET.TITLE", "Birds of Europe")
-    write_run(root / "birds", 55.0, "CoOp", *few, *weights[0], *title, root="/data/birds", **photos)
-    write_run(root / "birds_by_photos", 31.0, "LoGoPrompt", *few, *weights[0], *title, root="/data/birds", model_dir=mine, **photos)
-    write_run(root / "old", 60.0, "LoGoPrompt", *few, *weights[0], root="/data/birds2", old=True, **photos)
+    own("birds", 55.0, "CoOp", "/data/birds", *title)
+    own("birds_by_photos", 31.0, "LoGoPrompt", "/data/birds", *title, model_dir=mine)
+    own("old", 60.0, "LoGoPrompt", "/data/birds2", old=True)
     for shots in (1, 4, 16):
         accuracy = 60 + 8 * shots**0.4
         write_run(root / f"shots/{shots}", accuracy, "CoOp", "DATASET.NUM_SHOTS", shots)

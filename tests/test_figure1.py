@@ -53,7 +53,7 @@ def test_scores_equal_those_of_one_image_at_a_time(words, data_root):
     expected = torch.cosine_similarity(feature, texts).tolist()
     assert values["names"][2].tolist() == pytest.approx(expected, abs=1e-5)
     rises = [[], []]
-    for n, item in enumerate(items):
+    for n in range(len(items)):
         for found, block in zip(rises, ("true", "hard")):
             c = int(values[f"class of {block}"][n])
             odds = [p / (1 - p) for p in (values[key][n, c].clamp(1e-6, 1 - 1e-6).item() for key in ("none", block))]
@@ -70,7 +70,7 @@ def test_verdicts():
     values = {"label": torch.zeros(n, dtype=torch.long), "names": torch.eye(2), "none": p, "hard": p}
     values |= {"true": p.flip(1), "class of true": values["label"], "class of hard": values["label"] + 1}
     reads, rises, accuracies = figure1.verdicts(values)
-    assert reads == "This backbone reads class names: 100 % of the drawn ones are closest to their own prompt (chance: 50.0 %)."
+    assert "backbone reads" in reads and "100 %" in reads and "50.0 %" in reads
     assert "by +0.81" in rises and "by +0.00" in rises and "can correct" in rises
     assert [word for word in accuracies.split() if word[0].isdigit()] == ["0.0", "0.0"]
 

@@ -201,7 +201,8 @@ def test_only_the_backbone_and_shots_of_the_paper_are_compared(tmp_path):
         make(tmp_path / f"runs/{i}", backbone=name, **run)
     make(tmp_path / "runs/8", shots=8, trainer="CoOp", **run)
     found = {row: cell["published"] for (_, row, _), cell in good(tmp_path / "runs", "--seeds", "1").items()}
-    expected = {f"LoGoPrompt ({name.removeprefix('/w/')})": 75.27 if name in same else None for name in (*same, *others)}
+    rows = {name: f"LoGoPrompt ({name.removeprefix('/w/')})" for name in (*same, *others)}
+    expected = {row: 75.27 if name in same else None for name, row in rows.items()}
     assert found == {**expected, "CoOp": None}
 
 

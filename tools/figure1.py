@@ -5,7 +5,8 @@
 
 (a) The similarity of an image that shows only a class name to "a photo of a [class].", next to the test images'.
 (b) The score p(y|x) of the test images, sorted, and with the block of their class; a table of this and other blocks is
-printed, and whether they help the selection (docs/will_it_help.md). Further flags and KEY VALUE pairs are those of ``train.py``.
+printed, and whether they help the selection (docs/will_it_help.md). Further flags and KEY VALUE pairs are those of
+``train.py``.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ def draw(values: dict[str, torch.Tensor], classnames: Sequence[str], path: str) 
     label, order, n = values["label"], names.argsort(descending=True), len(classnames)
     own = [(i, values["cosine"][label == c, c]) for i, c in enumerate(order) if (label == c).any()]
     places, lows, highs = zip(*((i, cosine.min(), cosine.max()) for i, cosine in own))
-    left.vlines(places, lows, highs, color=GREY, lw=max(0.5, min(4, 150 / n)), label="lowest to highest of its test images")
+    left.vlines(
+        places, lows, highs, color=GREY, lw=max(0.5, min(4, 150 / n)), label="its test images, lowest to highest"
+    )
     left.plot(names[order], "o", ms=max(2, min(5, 160 / n)), color=RED, label="an image of the class name")
     if n <= 40:
         left.set_xticks(range(n), [clean_name(classnames[c]) for c in order], rotation=90, fontsize=7)

@@ -38,12 +38,12 @@ from report_data import NAME, TITLES, Report, Table, UserError, make_report, rep
 
 ROOT = Path(__file__).resolve().parents[1]
 # A method has the same colour (Okabe and Ito's, for all kinds of colour vision) and marker in every report.
-METHODS = """LoGoPrompt CoOp CoCoOp ZeroshotCLIP CLIPAdapter TipAdapterF ProGrad KgCoOp ProDA TipAdapter VP VPT DPT LinearProbe
-    LoGoPrompt+Adapter VP+TP ZeroshotCLIP2""".split()
+METHODS = ("LoGoPrompt", "CoOp", "CoCoOp", "ZeroshotCLIP", "CLIPAdapter", "TipAdapterF", "ProGrad", "KgCoOp", "ProDA")
+METHODS += ("TipAdapter", "VP", "VPT", "DPT", "LinearProbe", "LoGoPrompt+Adapter", "VP+TP", "ZeroshotCLIP2")
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#444444", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = "os^DvPX<>*h"
 FILLS = ("full", "left", "bottom", "right", "top")  # of several rows of a method
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.4, "svg.fonttype": "none"}
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.4}
 MIN_SPAN = 5.0  # points on an axis: smaller differences do not fill a figure
 MISSING = "Missing or left out"
 
@@ -93,8 +93,8 @@ def markdown(report: Report, figure_files: Sequence[str] = ()) -> str:
     """All tables, each with its figure if there are files, and what is missing."""
     gaps = Counter(line.partition(":")[0] for line in report.gaps)
     text = (
-        f"Runs: {len(report.runs)}, seeds: {', '.join(map(str, sorted(set(report.runs.seed))))}. Test accuracy in %, mean "
-        "± standard deviation (of the sample) over seeds; with the paper's value and the difference; bold is the best."
+        f"Runs: {len(report.runs)}, seeds: {', '.join(map(str, sorted(set(report.runs.seed))))}. Test accuracy in %, "
+        "mean ± standard deviation (of the sample) over seeds; with the paper's value and the difference; bold is best."
     )
     text += f" **{', '.join(f'{n} {kind}' for kind, n in gaps.items())}: see the end.**" * bool(gaps)
     parts = ["# LoGoPrompt: report", text]
@@ -183,11 +183,11 @@ def render(figure: Figure, kind: str) -> bytes:
 
 
 def example_predictions(runs: pd.DataFrame, n: int) -> tuple[str, list[tuple[bytes, str]]]:
-    """The first run that can be loaded, LoGoPrompt's as shipped first, and pictures with captions of its predictions."""
+    """The first run that can be loaded, of LoGoPrompt as shipped if possible, and pictures with captions."""
     shipped = ~runs.overrides.map(lambda overrides: any(key.startswith("TRAINER.") for key in overrides)).astype(bool)
     shipped &= (runs.method == "LoGoPrompt") & ((runs.kind != "ablation") | (runs.scope == "shipped"))
-    order = {"other": ~shipped, "method": ~runs.method.str.startswith("LoGoPrompt"), "flags": runs.warnings.str.len()}
-    runs = runs.iloc[pd.DataFrame(order | {"seed": runs.seed}).reset_index(drop=True).sort_values([*order, "seed"]).index]
+    runs = runs.assign(other=~shipped, foreign=~runs.method.str.startswith("LoGoPrompt"), flags=runs.warnings.str.len())
+    runs = runs.sort_values(["other", "foreign", "flags", "seed"], kind="stable")
     reason = ""
     for run in runs.drop_duplicates(["method", "dataset", "backbone"]).head(4 if n else 0).itertuples():
         try:
@@ -238,11 +238,12 @@ def page(report: Report, wide: Sequence[bytes], narrow: Sequence[bytes], run: st
         kind = "png" if image.startswith(b"\x89PNG") else "svg+xml"
         return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
-    body = MarkdownIt("js-default").render(markdown(report, [f"{i}.svg" if figure else "" for i, figure in enumerate(wide)]))
+    files = [f"{i}.svg" if figure else "" for i, figure in enumerate(wide)]
+    body = MarkdownIt("js-default").render(markdown(report, files))
     tables = map(table_html, report.tables)
     body = re.sub(r"<table>.*?</table>", lambda _: next(tables), body, flags=re.DOTALL)
     for i, (figure, other) in enumerate(zip(wide, narrow)):
-        source = f'<source media="(max-width: 700px)" srcset="{data(other)}">'
+        source = f'<source media="(max-width: 900px)" srcset="{data(other)}">'
         body = re.sub(rf'<img src="{i}.svg"([^>]*)>', rf'<picture>{source}<img src="{data(figure)}"\1></picture>', body)
     body, missing, end = body.partition(f"<h2>{MISSING}</h2>")
     body += f"<h2>Example predictions ({escape(run)})</h2>" * bool(pictures)
@@ -258,7 +259,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=style)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help=f"folders searched for {NAME}")
-    add("--seeds", nargs="+", type=int, default=[], help="seeds that every cell must have; default: those of its table's runs")
+    add("--seeds", nargs="+", type=int, default=[], help="seeds that every cell must have; none: those of its row")
     add("--partial", action="store_true", help="exit status 0 even if runs are missing")
     add("--out", type=Path, default=ROOT / "output" / "report", help="folder to write to")
     add("--predictions", type=int, default=6, metavar="N", help="test images with the predictions of one run; 0: none")

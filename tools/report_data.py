@@ -191,8 +191,9 @@ def read_run(folder: Path) -> Optional[Run]:
     trained_on = ", ".join(other) if learned and not scope else ""
     warnings = [*results.get("warnings", ()), *["training collapsed"] * bool(run.get("collapsed"))]
     rises = (observed.get(f"log_odds_rise_{which}", np.nan) for which in ("true", "wrong"))
-    about = (method, backbone, config, data, shots, seed, subset, float(accuracy), int(run.get("epochs") or 0), trained_on)
-    about += (run.get("overrides", {}), run.get("seconds"), run.get("commit"), *rises, warnings, learned, model)
+    about = (method, backbone, config, data, shots, seed, subset, float(accuracy), int(run.get("epochs") or 0))
+    about += (trained_on, run.get("overrides", {}), run.get("seconds"), run.get("commit"), *rises)
+    about += (warnings, learned, model)
     return Run(str(folder), kind, scope, *about, settings)
 
 
@@ -264,7 +265,7 @@ def with_rows(runs: pd.DataFrame, report: Report) -> pd.DataFrame:
     """Runs of a table, each once, with ``ABOUT_ROWS`` (empty where they tell nothing apart) and their ``row``."""
     settings = pd.DataFrame(list(runs.settings.where(runs.learned, {})), runs.index)
     settings = settings.astype(str).where(settings.notna())
-    settings = settings.loc[:, [key for key in settings if not key.startswith(FREE_KEYS) and settings[key].nunique() > 1]]
+    settings = settings.loc[:, ~settings.columns.astype(str).str.startswith(FREE_KEYS) & (settings.nunique() > 1)]
     settings = settings.fillna(settings.mode().head(1).squeeze())  # a key of another version is no difference
     asked = {key for overrides in runs.overrides for key in overrides}
     keys = sorted(settings, key=lambda key: (key not in asked, key))
@@ -281,7 +282,8 @@ def with_rows(runs: pd.DataFrame, report: Report) -> pd.DataFrame:
         shown.append(name)
     told["config"] = told.config.where(told.config != "", told.family)
     for key in keys:  # the usual value is not mentioned
-        told[key] = told[key].where(2 * told.groupby(["method", key])[key].transform("size") <= told.groupby("method").method.transform("size"), "")
+        usual = told.groupby(["method", key])[key].transform("size") * 2 > told.groupby("method")[key].transform("size")
+        told[key] = told[key].where(~usual, "")
     short = {key: key.split(".", 2)[-1] if key.startswith("TRAINER.") else key for key in keys}
     told["overrides"] = [", ".join(f"{short[k]} {t[k]}" for k in keys if t[k]) for t in told.to_dict("records")]
     named = {"backbone_of_run": runs.backbone, "epochs_of_run": runs.epochs.where(runs.learned, "").astype(str)}

@@ -375,7 +375,7 @@ def arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     for name, default in SETTINGS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
     parser.add_argument("--vit", action="store_true", help="train the vision transformer of tiny-vit instead")
-    parser.add_argument("--agreeing", type=int, metavar="STEPS", help="fine-tune tiny on words that agree with drawings")
+    parser.add_argument("--agreeing", type=int, metavar="STEPS", help="fine-tune tiny on words that name drawings")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--report-only", action="store_true", help="evaluate the file --out")
     parser.add_argument("--sheet", help="plot samples into this file and do nothing else")

@@ -10,7 +10,6 @@ import math
 import os
 import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import reduce
 from typing import Any, NamedTuple, Optional
 
@@ -157,18 +156,6 @@ def lost_overrides(words: Sequence[str], cfg: CfgNode) -> Iterator[str]:
             if isinstance(asked, (int, float)) and asked != values[key]:
                 requirement = f"this train.py changes it to {values[key]}; leave it out of the command"
                 yield violation(key, asked, requirement)
-
-
-def command_settings(words: Sequence[str], cfg: CfgNode) -> dict[str, Any]:
-    """``config_file`` of a command, and as ``overrides`` those of its KEY VALUE pairs that differ from that file."""
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config-file=") else [word])]
-    pairs, values, written = dict(zip(words, words[1:])), flat_config(cfg), {}
-    path = pairs.get("--config-file", "")
-    with suppress(OSError), open(path, encoding="utf-8") as file:  # it may be gone by now
-        written = {key: CfgNode._decode_cfg_value(value) for key, value in flat_config(CfgNode.load_cfg(file)).items()}
-    missing = object()
-    asked = {key: values[key] for key in pairs if key in values and values[key] != written.get(key, missing)}
-    return {"config_file": path, "overrides": asked}
 
 
 def unmet(prefix: str, options: CfgNode, conditions: Collection[tuple[str, bool, str]]) -> list[str]:

@@ -98,9 +98,10 @@ def harmonic_mean(base: float, new: float) -> float:
 
 def code_version() -> Optional[str]:
     """The commit of the code base, with "-dirty" if its files differ from it; None without git."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty", "--abbrev=40"]
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe"]
+    git += ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run([*git, "--exclude=*"], capture_output=True, check=True, text=True, timeout=9).stdout.strip()
+        return subprocess.run(git, capture_output=True, check=True, text=True, timeout=9).stdout.strip()
     return None
 
 

@@ -22,8 +22,7 @@ from yacs.config import CfgNode
 
 from .backbone import Backbone, check_name, load_clip, preprocessing
 from .checkpoint import BEST, PROMPT_LEARNER, Checkpointer
-from .config import DASSL_RULES, SHARED_KEYS, command_settings, lost_overrides, rules_of
-from .config import user_error_messages, violations
+from .config import DASSL_RULES, SHARED_KEYS, lost_overrides, rules_of, user_error_messages, violations
 from .dassl_compat import build_optimizer, dassl_errors, grad_scaler, patch_dassl_warmup
 from .data import ImageDataset, drawn_items, handle_last_batch, index_loader, ordered_loader, training_loader
 from .errors import UserError
@@ -31,6 +30,7 @@ from .evaluation import Evaluation, FewShotFeatures, ImageSource, evaluate
 from .hooks import CollapseMonitor, EpochTimer, FiniteGuard, StageSchedule
 from .image_batch import ImageBatch, ViewCache
 from .method import Method
+from .names import command_settings
 from .results import code_version, described, remove_leftovers, write_results, write_text
 from .run_folder import Stopped, command, locked, quiet_threads, stoppable
 from .weights import load_init_weights
