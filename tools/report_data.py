@@ -236,7 +236,7 @@ class Report(NamedTuple):
     runs: pd.DataFrame
     gaps: list[str]  # what makes it incomplete
     notes: list[str]
-    seeds: Sequence[int]  # that every cell must have; empty: those of the runs in its table
+    seeds: Sequence[int]  # that every cell must have; empty: those of the runs in its row
     tables: list[Table]
 
 
@@ -263,7 +263,7 @@ def make_report(roots: Sequence[Path], seeds: Sequence[int]) -> Report:
 
 def with_rows(runs: pd.DataFrame, report: Report) -> pd.DataFrame:
     """Runs of a table, each once, with ``ABOUT_ROWS`` (empty where they tell nothing apart) and their ``row``."""
-    settings = pd.DataFrame(list(runs.settings.where(runs.learned, {})), runs.index)
+    settings = pd.DataFrame([s if learned else {} for s, learned in zip(runs.settings, runs.learned)], runs.index)
     settings = settings.astype(str).where(settings.notna())
     settings = settings.loc[:, ~settings.columns.astype(str).str.startswith(FREE_KEYS) & (settings.nunique() > 1)]
     settings = settings.fillna(settings.mode().head(1).squeeze())  # a key of another version is no difference
