@@ -200,6 +200,7 @@ def run(args: argparse.Namespace) -> None:
             trainer = build_trainer(cfg)
         except ValueError as error:  # Dassl's exception for unknown options (optimizer, transform, sampler, …)
             raise UserError(" ".join(str(error).split())) from error
+        trainer.words = ["--config-file", args.config_file, *args.opts]
         if args.eval_only:
             trainer.load_model(args.model_dir, epoch=args.load_epoch)
             trainer.test()

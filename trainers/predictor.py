@@ -296,7 +296,7 @@ class Predictor:
                 compared = vars(self.compare(images)).values()
             except torch.cuda.OutOfMemoryError as error:
                 raise UserError(f"--batch-size {self.batch_size}: too many images for the GPU's memory") from error
-            rows = map(Comparison, *(repeat(None) if value is None else value.split(1) for value in compared))
+            rows = map(Comparison, *(v.split(1) if isinstance(v, torch.Tensor) else repeat(v) for v in compared))
         for source, pixels in batch:
             prediction, found = Prediction(source.path, relative=source.relative), None
             if isinstance(pixels, str):

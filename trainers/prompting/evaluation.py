@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, Optional
 
 import torch
@@ -23,7 +24,7 @@ from .data import READER_VERSION, ordered_loader, read_image
 from .errors import UserError
 from .feature_store import FeatureStore, NotAStore, encoder_key, image_key
 from .image_batch import ImageBatch, StoredBatch
-from .method import Method
+from .method import Comparison, Method
 from .names import relative_path
 
 THREADS = min(8, os.cpu_count() or 1)  # decode images of which a store lacks something
@@ -37,7 +38,7 @@ class Evaluation:
 
     split: str  # test or val
     metrics: dict[str, float]  # of Dassl's evaluator, accuracy in percent first
-    extra_metrics: dict[str, float] = field(default_factory=dict)  # of class-conditional images: percentages by name
+    extra_metrics: dict[str, float] = field(default_factory=dict)  # of class-conditional images, by name
     predictions: dict[str, int] = field(default_factory=dict)  # label by path relative to the data root
     warnings: list[str] = field(default_factory=list)  # why the numbers mean little
 
@@ -48,6 +49,7 @@ def evaluate(method: Method, batches: Iterable[Batch], evaluator: Any, split: st
     text_features = method.text_features()
     paths: list[str] = []
     rows = [torch.empty(0, 3, dtype=torch.long)]  # label, prediction, and that of the original image alone, else -1
+    rises = [torch.empty(0, 2)]
     with tqdm(total=total, unit="image", disable=None) as bar:
         for images, label in batches:
             found = method.compare(images, text_features)
@@ -56,9 +58,11 @@ def evaluate(method: Method, batches: Iterable[Batch], evaluator: Any, split: st
             alone = torch.full_like(predicted, -1) if found.candidates is None else found.original.argmax(dim=1)
             paths += images.paths
             rows.append(torch.stack([label, predicted, alone], dim=1).cpu())
+            if not (found.candidates is None or found.among_candidates):
+                rises.append(log_odds_rises(found, label).cpu())
             bar.update(len(images))
-    every = distributed.gather((paths, torch.cat(rows)))
-    paths, rows = [path for part, _ in every for path in part], torch.cat([part for _, part in every])
+    every = zip(*distributed.gather((paths, torch.cat(rows), torch.cat(rises))))
+    paths, rows, rises = list(chain.from_iterable(next(every))), *map(torch.cat, every)
     num_classes = len(method.classnames)
     for chunk in rows.split(CHUNK):  # Dassl's evaluator takes scores
         evaluator.process(F.one_hot(chunk[:, 1], num_classes), chunk[:, 0])
@@ -68,6 +72,9 @@ def evaluate(method: Method, batches: Iterable[Batch], evaluator: Any, split: st
     if (compared := alone >= 0).any():
         found = {"changed_by_selection": alone != predicted, "accuracy_without_selection": alone == label}
         evaluation.extra_metrics = {name: 100 * x[compared].double().mean().item() for name, x in found.items()}
+    if len(rises):
+        true, wrong = rises.mean(dim=0).tolist()
+        evaluation.extra_metrics |= {"log_odds_rise_true": true, "log_odds_rise_wrong": wrong}
     warning = ""
     if num_classes == 1:
         warning = "there is one class to choose from, so every prediction is correct"
@@ -77,6 +84,19 @@ def evaluate(method: Method, batches: Iterable[Batch], evaluator: Any, split: st
         print(f"WARNING: {warning}")
         evaluation.warnings.append(warning)
     return evaluation
+
+
+def log_odds_rises(found: Comparison, label: torch.Tensor) -> torch.Tensor:
+    """How much its own block raises the log-odds of the true class, and those of the most probable wrong class.
+
+    (N, 2), a row for every image whose candidates contain both. Probabilities are kept within [1e-6, 1 - 1e-6].
+    """
+    pairs = (found.original.gather(1, found.candidates), found.conditional)
+    before, after = (torch.logit(log_p.double().exp(), eps=1e-6) for log_p in pairs)
+    right = found.candidates == label.unsqueeze(1)
+    both = right.any(dim=1) & ~right.all(dim=1)
+    first = [mask[both].long().argmax(dim=1, keepdim=True) for mask in (right, ~right)]  # most probable first
+    return torch.cat([(after - before)[both].gather(1, column) for column in first], dim=1)
 
 
 def check_scores(scores: torch.Tensor, paths: Sequence[str], what: str = "scores") -> None:

@@ -61,6 +61,7 @@ class Comparison:
     candidates: Optional[torch.Tensor] = None  # (B, K) classes compared; None: the original images decide alone
     conditional: Optional[torch.Tensor] = None  # (B, K) log p(c|x_c) of the candidates
     places: Optional[torch.Tensor] = None  # (B, 2) top and left of the blocks
+    among_candidates: bool = False  # whether ``conditional`` is a softmax over the candidates, not over all classes
 
 
 class TrainingData(Protocol):

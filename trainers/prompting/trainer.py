@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, Optional
@@ -32,7 +33,8 @@ from .evaluation import Evaluation, FewShotFeatures, ImageSource, evaluate
 from .hooks import CollapseMonitor, EpochTimer, FiniteGuard, StageSchedule
 from .image_batch import ImageBatch, ViewCache
 from .method import Method, Step
-from .results import described, remove_leftovers, write_results, write_text
+from .names import command_settings
+from .results import code_version, described, remove_leftovers, write_results, write_text
 from .run_folder import Stopped, command, locked, quiet_threads, stoppable
 from .weights import load_init_weights
 
@@ -48,6 +50,7 @@ class PromptTrainer(TrainerX):
     evaluation: Optional[Evaluation] = None  # the last one
     training = False  # during and after train()
     model_dir = ""  # run folder whose model was loaded
+    words: Sequence[str] = sys.argv  # the command: --config-file and KEY VALUE pairs are recorded
 
     @classmethod
     def config_errors(cls, cfg: CfgNode) -> list[str]:
@@ -79,7 +82,7 @@ class PromptTrainer(TrainerX):
         self.train_loader_x = handle_last_batch(self.train_loader_x, self.cfg.TRAIN.DROP_LAST)
 
     def build_model(self) -> None:
-        cfg = self.cfg
+        cfg, self.started = self.cfg, time.monotonic()
         self.backbone, prec = self.load_backbone()
         self.autocast = torch.autocast(self.device.type, torch.float16) if prec == "amp" else nullcontext()
         self.scaler = grad_scaler() if prec in self.method_class.scaled_precisions else None
@@ -381,6 +384,9 @@ def write_run_results(trainer: PromptTrainer) -> None:
         "model_dir": trainer.model_dir,
         "collapsed": trainer.monitor.collapsed if trainer.training else None,
         "processes": distributed.processes(),
+        **command_settings(trainer.words, cfg),
+        "seconds": round(time.monotonic() - trainer.started, 1),
+        "commit": code_version(),
     }
     results = {
         "metrics": evaluation.metrics,
@@ -388,6 +394,7 @@ def write_run_results(trainer: PromptTrainer) -> None:
         "split": evaluation.split or None,
         "images": len(evaluation.predictions),
         "classes": trainer.num_classes,
+        "classnames": trainer.classnames,
         "warnings": [*warnings, *evaluation.warnings],  # why the numbers may not mean what they seem to
         "run": run,
         "torch": torch.__version__,
