@@ -124,7 +124,7 @@ def measure(args: argparse.Namespace, row: Row, seed: int) -> dict[str, Any]:
         results = read_results(path) if is_finished(path) else run([*words(path, trained), "TEST.NO_TEST", "True"])
         found["collapsed"] = results["run"]["collapsed"]
         flags += ["--model-dir", str(path)]
-    opts = ("DATASET.NUM_SHOTS", "0", "TEST.SPLIT", row.split)  # 0: all validation images, not four per class
+    opts = ("DATASET.NUM_SHOTS", "-1", "TEST.SPLIT", row.split)  # -1: all validation images, not four per class
     for column, where in tested.items():
         path = folder / f"{row.split}_{column}"
         results = read_results(path) if is_finished(path) else run([*words(path, *where, flags), *opts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ from .method import Method
 from .names import relative_path
 
 THREADS = min(8, os.cpu_count() or 1)  # decode images of which a store lacks something
+MIN_IMAGES = 20  # of fewer, an accuracy tells little
 Batch = tuple[ImageBatch, torch.Tensor]  # images and their labels, (B,)
 
 
@@ -71,10 +73,19 @@ def evaluate(method: Method, batches: Iterable[Batch], evaluator: Any, split: st
         warning = "there is one class to choose from, so every prediction is correct"
     elif len(labels) > 1 and len(set(predictions.values())) == 1:
         warning = "every image is predicted to be of the same class: nothing was learned, or training collapsed"
+    elif at_chance(metrics.get("accuracy", 100.0), len(predictions), num_classes):
+        warning = f"the accuracy is that of guessing (chance is {100 / num_classes:.1f} %): nothing was learned, or training collapsed"
     if warning:
         print(f"WARNING: {warning}")
         evaluation.warnings.append(warning)
     return evaluation
+
+
+def at_chance(accuracy: float, images: int, num_classes: int) -> bool:
+    """Whether an accuracy, in percent, is at most one standard error above chance, on more than 20 images."""
+    chance = 1 / num_classes
+    error = math.sqrt(chance * (1 - chance) / max(images, 1))
+    return images > MIN_IMAGES and accuracy / 100 <= chance + error
 
 
 def check_scores(scores: torch.Tensor, paths: Sequence[str], what: str = "scores") -> None:

@@ -139,6 +139,7 @@ class PromptTrainer(TrainerX):
             self.monitor.after_step(self.model.fit(self.data), len(self.dm.dataset.train_x))
         else:
             super().run_epoch()
+            self.update_lr()  # not in the last step, where CoOp has it: Dassl prints the learning rate after the step
         self.timer.after_epoch(self._position())
 
     def after_epoch(self) -> None:
@@ -169,8 +170,6 @@ class PromptTrainer(TrainerX):
             self.model.after_step()
             accuracy = compute_accuracy(step.logits, label)[0].item()
             self.monitor.after_step(accuracy, len(label))
-            if self.batch_idx + 1 == self.num_batches:
-                self.update_lr()
             losses = step.losses if len(step.losses) > 1 else {}
             for name, value in {**losses, **step.log}.items():
                 self.write_scalar(f"train/{name}", value.item(), self.epoch * self.num_batches + self.batch_idx)
@@ -362,4 +361,5 @@ def write_run_results(trainer: PromptTrainer) -> None:
         f"{run['trainer']} on {run['dataset']}, {run['subsample_classes']} classes, {described(run)}: "
         f"{'not tested' if accuracy is None else f'accuracy {accuracy:.2f} %'} "
         f"({results['images']:,} images). Results: {path}"
+        f"{''.join(f'. WARNING: {line}' for line in results['warnings'])}"
     )
