@@ -68,13 +68,13 @@ def evaluate(method: Method, batches: Iterable[Batch], evaluator: Any, split: st
     if compared:
         evaluation.extra_metrics["changed_by_selection"] = 100 * changed / compared
         evaluation.extra_metrics["accuracy_without_selection"] = 100 * correct_alone / compared
-    warning = ""
+    warning, cause = "", "nothing was learned, or training collapsed"
     if num_classes == 1:
         warning = "there is one class to choose from, so every prediction is correct"
     elif len(labels) > 1 and len(set(predictions.values())) == 1:
-        warning = "every image is predicted to be of the same class: nothing was learned, or training collapsed"
+        warning = f"every image is predicted to be of the same class: {cause}"
     elif at_chance(metrics.get("accuracy", 100.0), len(predictions), num_classes):
-        warning = f"the accuracy is that of guessing (chance is {100 / num_classes:.1f} %): nothing was learned, or training collapsed"
+        warning = f"the accuracy is that of guessing (chance is {100 / num_classes:.1f} %): {cause}"
     if warning:
         print(f"WARNING: {warning}")
         evaluation.warnings.append(warning)
