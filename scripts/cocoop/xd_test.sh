@@ -2,6 +2,7 @@
 # CoCoOp's cross-dataset transfer, second half: evaluate the runs of xd_train.sh on another data set.
 #
 #   bash scripts/cocoop/xd_test.sh DATASET SEED [KEY VALUE …]
+#   SOURCE=shapes bash scripts/cocoop/xd_test.sh shapes_shifted 1      an example
 #
 # Environment: as for xd_train.sh, plus LOADEP (epoch; default the newest).
 TRAINER=${TRAINER:-CoCoOp}
@@ -14,3 +15,4 @@ need "configs/datasets/$DATASET.yaml"
 SETTING=$TRAINER/${CFG}_${SHOTS}shots
 run "$OUTPUT/evaluation/$SETTING/$DATASET/seed$SEED" "$DATASET" all \
     --eval-only --model-dir "$OUTPUT/$SOURCE/$SETTING/seed$SEED" ${LOADEP:+--load-epoch "$LOADEP"}
+work
