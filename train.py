@@ -10,7 +10,6 @@ Mistakes of the user are reported on stderr, one line each, and end the run with
 
 from __future__ import annotations
 
-import argparse
 import ast
 import os
 import reprlib
@@ -20,7 +19,12 @@ from contextlib import suppress
 from difflib import get_close_matches
 from functools import reduce
 from itertools import islice
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
+
+from train_flags import parse_args
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes in the flags end here: the imports below take seconds
 
 import fallback  # noqa: F401 (makes `import dassl` work)
 
@@ -36,9 +40,14 @@ from yacs.config import CfgNode as CN
 import datasets
 import trainers
 from fallback.dassl.utils import setup_logger  # Dassl's own buffers the log and fails at exit where the disk is full
+from trainers.prompting.console import BriefConsole
 from trainers.prompting.errors import UserError, messages
 from trainers.prompting.names import flat_config
-from trainers.prompting.run_folder import locked
+from trainers.prompting.results import write_text
+from trainers.prompting.run_folder import command, locked
+
+if TYPE_CHECKING:
+    import argparse
 
 TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
 TYPE_NAMES[tuple] = TYPE_NAMES[list] = "a list"
@@ -189,10 +198,13 @@ def run(args: argparse.Namespace) -> None:
         setup_logger(cfg.OUTPUT_DIR)
         if torch.cuda.is_available() and cfg.USE_CUDA:
             torch.backends.cudnn.benchmark = True
-        print("***************\n** Arguments **\n***************")
-        print(*(f"{key}: {value}" for key, value in sorted(vars(args).items())), sep="\n")
-        print(f"************\n** Config **\n************\n{cfg}")
-        print(f"Collecting env info ...\n** System info **\n{collect_env_info()}\n")
+        if "TRAIN.PRINT_FREQ" not in args.opts:
+            sys.stdout.console = BriefConsole(sys.stdout.console)
+        path = os.path.join(cfg.OUTPUT_DIR, "environment.txt")
+        write_text(
+            path, f"{command()}\n(in {os.getcwd()})\n\n** Config **\n{cfg}\n** System info **\n{collect_env_info()}\n"
+        )
+        print(f"Command, config and system: {path}")
         try:
             trainer = build_trainer(cfg)
         except ValueError as error:  # Dassl's exception for unknown options (optimizer, transform, sampler, …)
@@ -207,31 +219,6 @@ def run(args: argparse.Namespace) -> None:
             trainer.train()
         for loader in filter(None, (trainer.train_loader_x, trainer.val_loader, trainer.test_loader)):
             loader._iterator = None  # ends its workers; the garbage collector would wait five seconds for each
-
-
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Parse CoOp's flags."""
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=style)
-    add = parser.add_argument
-    add("--root", default="", help="folder of the data sets")
-    add("--output-dir", default="", help="run folder, which receives all output")
-    add("--resume", default="", help="run folder from which training continues")
-    add("--config-file", default="", help="config of the method")
-    add("--dataset-config-file", default="", help="config of the data set")
-    add("--trainer", default="", help="name of the trainer")
-    add("--backbone", default="", help="CLIP weights: a name, a path or arch/tag (MODEL.BACKBONE.NAME)")
-    add("--head", default="", help="unused, as in CoOp (MODEL.HEAD.NAME)")
-    add("--model-dir", default="", help="run folder whose model --eval-only evaluates")
-    add("--seed", type=int, default=-1, help="of all random numbers; negative: none")
-    add("--source-domains", nargs="+", help="source domains")
-    add("--target-domains", nargs="+", help="target domains")
-    add("--transforms", nargs="+", help="data augmentation")
-    add("--eval-only", action="store_true", help="evaluate without training")
-    add("--load-epoch", type=int, help="epoch of that model; default: the best one, else the last")
-    add("--no-train", action="store_true", help="build everything, then stop")
-    add("opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs that override the config")
-    return parser.parse_args(argv)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -250,5 +237,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:  # before or after training, where there is no checkpoint to save
-        print("interrupted", file=sys.stderr)
+        print(f"Interrupted. To start again, in {os.getcwd()}: {command()}", file=sys.stderr)
         sys.exit(130)

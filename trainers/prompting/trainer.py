@@ -22,6 +22,7 @@ from yacs.config import CfgNode
 from .backbone import Backbone, check_name, load_clip, preprocessing
 from .checkpoint import BEST, PROMPT_LEARNER, Checkpointer
 from .config import DASSL_RULES, SHARED_KEYS, lost_overrides, rules_of, user_error_messages, violations
+from .curves import Curves, describe
 from .dassl_compat import build_optimizer, dassl_errors, grad_scaler, patch_dassl_warmup
 from .data import ImageDataset, drawn_items, handle_last_batch, index_loader, ordered_loader, training_loader
 from .errors import UserError
@@ -81,6 +82,7 @@ class PromptTrainer(TrainerX):
         self.model = self.method_class(cfg, self.classnames, self.backbone).to(self.device)
         self.source = ImageSource(cfg, self.backbone, self.device, f"{prec}{', compiled' * cfg.TRAIN.COMPILE}")
         self.data = FewShotFeatures(self.dm.dataset, cfg.DATASET.NAME, self._ordered_loader, self._encode)
+        self.curves = Curves(cfg.OUTPUT_DIR)
         self.guard, self.timer, self.monitor = FiniteGuard(), EpochTimer(), CollapseMonitor(self.num_classes)
         if views := self.method_class.views(cfg):
             transform, room = build_transform(cfg, is_train=True), cfg.TRAIN.DECODED_GB * 2**30
@@ -122,6 +124,9 @@ class PromptTrainer(TrainerX):
     def before_train(self) -> None:
         super().before_train()
         self._write_config()
+        self.curves.resume(self.start_epoch)
+        if self._writer is not None and not self.fits and self.start_epoch == 0:
+            describe(self._writer, self.cfg, self.model, self.dm.dataset.test)
         if isinstance(data := self.train_loader_x.dataset, ImageDataset):
             data.decode(self.cfg.TRAIN.DECODED_GB * 2**30)
 
@@ -148,6 +153,7 @@ class PromptTrainer(TrainerX):
         with self.autocast:
             self.sched.after_epoch(self.epoch)
         super().after_epoch()
+        self.curves.after_epoch()
         self.checkpointer.after_epoch(self.epoch, self.best_result)
 
     def after_train(self) -> None:
@@ -173,7 +179,9 @@ class PromptTrainer(TrainerX):
             losses = step.losses if len(step.losses) > 1 else {}
             for name, value in {**losses, **step.log}.items():
                 self.write_scalar(f"train/{name}", value.item(), self.epoch * self.num_batches + self.batch_idx)
-            return {"loss": step.total.item(), "acc": accuracy}
+            summary = {"loss": step.total.item(), "acc": accuracy}
+            self.curves.before_write(summary)
+            return summary
 
     def _update(self, step: Any) -> None:
         """Gradients and a step of the optimizer. Raises FloatingPointError instead of making parameters NaN."""
@@ -187,6 +195,12 @@ class PromptTrainer(TrainerX):
             self.scaler.step(self.optim)  # skipped when gradients overflow; then the scale is halved
             self.scaler.update()
             self.guard.check_scale(self.scaler.get_scale())
+
+    def write_scalar(self, tag: str, scalar_value: float, global_step: Optional[int] = None) -> None:
+        """Dassl's hook; of a step's loss and accuracy, the step's own values instead of Dassl's running means."""
+        if self._writer is not None:
+            value = self.curves.add(tag, scalar_value, global_step, self.epoch + 1)
+            super().write_scalar(tag, value, global_step)
 
     def _position(self) -> str:
         return f"epoch [{self.epoch + 1}/{self.max_epoch}]"
