@@ -1,5 +1,5 @@
 # make install  set up .venv; the other targets do this first
-# make demo     train and compare methods on the toy world, in minutes
+# make demo     train and compare methods on the toy world, in minutes; ARGS="--seed 2 KEY VALUE" for toy/demo.py
 # make test     run the tests and report line coverage
 # make soak     kill runs at every possible moment; half an hour
 # make mutants  mutation testing: change the arithmetic of the method and count the changes that the tests notice
@@ -29,7 +29,7 @@ soak: install
 	$(VENV)/bin/python -m pytest -m soak
 
 demo: install
-	$(VENV)/bin/python toy/demo.py
+	$(VENV)/bin/python toy/demo.py $(ARGS)
 
 install: $(STAMP)
 

@@ -93,6 +93,8 @@ def setup_cfg(args: argparse.Namespace) -> CN:
     for flag in ("--dataset-config-file", "--config-file"):
         if path := getattr(args, flag[2:].replace("-", "_")):
             errors += merge_file(cfg, path, flag)
+    if missing := [line for line in errors if ": no such file (" in line]:
+        raise UserError(*missing)  # what else is wrong may be due to that
     reset_cfg(cfg, args)
     errors += merge_pairs(cfg, args.opts)
     registries = {"trainer (--trainer)": (cfg.TRAINER.NAME, TRAINER_REGISTRY)}
@@ -116,7 +118,8 @@ def merge_file(cfg: CN, path: str, flag: str) -> list[str]:
             content = yaml.safe_load(file)
         too_many = next(islice(_values(content), MAX_VALUES, None), None)
     except FileNotFoundError:
-        return [f"{path}: no such file ({flag})"]
+        here = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
+        return [f"{path}: no such file ({flag}){f', perhaps {here}' if os.path.isfile(here) else ''}"]
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8
         return [f"{path}: {' '.join(str(error).split())}"]
     if too_many:

@@ -11,7 +11,7 @@ source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../logo/common.sh"
 arguments "DATASET SEED" "$@"
 SOURCE=${SOURCE:-imagenet}
 config "$SOURCE" vit_b16_ep50_ctxv1
-need "configs/datasets/$DATASET.yaml"
+dataset "$DATASET"
 SETTING=$TRAINER/${CFG}_${SHOTS}shots
 run "$OUTPUT/evaluation/$SETTING/$DATASET/seed$SEED" "$DATASET" all \
     --eval-only --model-dir "$OUTPUT/$SOURCE/$SETTING/seed$SEED" ${LOADEP:+--load-epoch "$LOADEP"}

@@ -88,7 +88,7 @@ config() {
     esac
     CFG=${ASKED_CFG:-$CFG}
     number SHOTS "$SHOTS"
-    need "configs/datasets/$1.yaml"
+    dataset "$1"
     if [[ $1 != shapes* ]] && [ ! -d "$DATA" ]; then # the toy world is drawn
         fail "DATA ${ASKED_DATA:-is not set, and $DATA}: no such folder; set DATA to the folder of the data sets"
     fi
@@ -105,8 +105,14 @@ ours() {
     if [[ " $names" != *" $TRAINER "* ]]; then fail "TRAINER $TRAINER: the scripts run ${names% } here; use one of them"; fi
 }
 
+dataset() {
+    if [ ! -f "configs/datasets/$1.yaml" ]; then
+        fail "data set $1: choose one of $(cd configs/datasets && echo *.yaml | sed 's/\.yaml//g') (configs/datasets/)"
+    fi
+}
+
 need() {
-    if [ ! -f "$1" ]; then fail "$ROOT/$1: no such file; check the data set, TRAINER and CFG"; fi
+    if [ ! -f "$1" ]; then fail "$ROOT/$1: no such file; check TRAINER and CFG"; fi
 }
 
 # ------------------------------------------------------------------------------------------------------ the queue
@@ -255,7 +261,7 @@ print_pair() {
 transfer() {
     local kind=$1 source=$2 targets=$3 target folder common own other trained
     config "$source" "$4"
-    for target in $targets; do need "configs/datasets/$target.yaml"; done
+    for target in $targets; do dataset "$target"; done
     case $kind in cross_dataset) other=domain_generalization ;; *) other=cross_dataset ;; esac
     for SEED in $SEEDS; do
         folder=$OUTPUT/$kind/from_$source

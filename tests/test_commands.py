@@ -1,0 +1,58 @@
+"""Every command block of README.md and docs/ runs as written, in order, in a fresh copy of the repository.
+
+A block that a comment before it marks as "not run" needs something that is not here, such as OpenAI's weights. The
+environment makes the others short: SHOTS for the scripts, ARGS for the demo.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+BLOCK = re.compile(r"^(?:<!-- not run: (?P<reason>.+) -->\n)?```bash\n(?P<code>.*?)^```$", re.M | re.S)
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+
+def blocks():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in BLOCK.finditer(text):
+            line = text.count("\n", 0, match.start("code"))
+            name = f"{page.relative_to(ROOT)}:{line}"
+            skip = pytest.mark.skip(reason=match["reason"]) if match["reason"] else ()
+            yield pytest.param(match["code"], id=name, marks=skip)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """The files that git has or would take, with this Python in place of ``.venv``."""
+    root = tmp_path_factory.mktemp("clone") / "LoGoPrompt"
+    listed = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not in a git checkout")
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
+    python = root / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    (root / ".venv" / ".installed").touch()  # newer than requirements.txt: make does not install
+    return root
+
+
+@pytest.mark.parametrize("code", blocks())
+def test_command_block_runs_as_written(clone, code):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("COV", "PYTEST"))}
+    for key in ("CFG", "DATA", "OUTPUT", "BACKBONE", "TRAINER", "FEATURES", "PYTHON", "PYTHONPATH"):
+        environment.pop(key, None)
+    environment.update(SHOTS="1", OMP_NUM_THREADS="1", ARGS="OPTIM.MAX_EPOCH 1 DATASET.NUM_SHOTS 1")
+    command = ["bash", "-euo", "pipefail", "-c", code]
+    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
