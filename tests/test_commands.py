@@ -56,3 +56,14 @@ def test_command_block_runs_as_written(clone, code):
     command = ["bash", "-euo", "pipefail", "-c", code]
     done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_editable_install_makes_trainers_importable_anywhere(clone, tmp_path):
+    pytest.importorskip("setuptools")
+    # Not into this environment: into a folder, whose .pth file is read from there.
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--prefix", tmp_path / "prefix"]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, "--editable", clone], check=True)
+    (site,) = {path.parent for path in tmp_path.rglob("*.pth")}
+    program = f"import site; site.addsitedir({str(site)!r}); import trainers, train; print(trainers.__file__)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str(clone / "trainers" / "__init__.py")

@@ -162,6 +162,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted. The same command starts again.", file=sys.stderr)
+        return 130
     print(f"\n{text}\n\n{time.time() - started:.0f} s; seed {args.seed}, {DATASET}, embedded CLIP (tiny)")
     if absent := [kind for kind in KINDS if kind not in found]:
         print(f"No test image of the base classes was {' or '.join(absent)} by the selection.")

@@ -87,6 +87,8 @@ config() {
         CoCoOp/tiny96*) CFG=tiny96_c4_ep10_batch1_ctxv1 ;;
     esac
     CFG=${ASKED_CFG:-$CFG}
+    # the toy world's models are tiny: more threads would wait for each other
+    if [[ $CFG == tiny96* ]]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
     number SHOTS "$SHOTS"
     dataset "$1"
     if [[ $1 != shapes* ]] && [ ! -d "$DATA" ]; then # the toy world is drawn
