@@ -47,7 +47,7 @@ def clone(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("code", blocks())
+@pytest.mark.parametrize("code", list(blocks()))
 def test_command_block_runs_as_written(clone, code):
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("COV", "PYTEST"))}
     for key in ("CFG", "DATA", "OUTPUT", "BACKBONE", "TRAINER", "FEATURES", "PYTHON", "PYTHONPATH"):

@@ -363,3 +363,31 @@ def test_mistakes_in_the_words_of_coop_scripts_end_with_status_2(tmp_path, scrip
     assert done.returncode == 2 and done.stderr.startswith("usage: bash ")
     done = run_script(tmp_path, script, "none", *others, **PLACES)  # no such data set, or no seed
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------- --help
+
+SHELL = [path for path in sorted((ROOT / "scripts").rglob("*.sh")) if path.name != "common.sh"]
+TOOLS = [path for folder in ("tools", "toy") for path in sorted((ROOT / folder).glob("*.py"))]
+PROGRAMS = [ROOT / "train.py", *(path for path in TOOLS if "ArgumentParser" in path.read_text())]
+QUICKLY = """
+import runpy, sys
+sys.argv = [{path!r}, "--help"]
+try:
+    runpy.run_path({path!r}, run_name="__main__")
+except SystemExit as end:
+    slow = {{"torch", "pandas", "matplotlib"}} & set(sys.modules)
+    sys.exit(end.code or ", ".join(slow) or 0)
+"""
+
+
+@pytest.mark.parametrize("path", [*SHELL, *PROGRAMS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_help_has_an_example_and_waits_for_nothing(path, tmp_path):
+    command = ["bash", str(path), "--help"]
+    if path.suffix == ".py":
+        command = [sys.executable, "-c", QUICKLY.format(path=str(path))]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "example" in done.stdout and "no such file" not in done.stdout.lower()
+    assert path.name in done.stdout and not list(tmp_path.iterdir())

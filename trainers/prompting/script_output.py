@@ -15,7 +15,10 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Optional
 
-from results import harmonic_mean, read_results  # of this folder, which is on the path of a program
+if __package__:
+    from .results import harmonic_mean, read_results
+else:  # a program: importing the package would import torch
+    from results import harmonic_mean, read_results
 
 ASKED = re.compile(r"BACKBONE=(.*?) (configs/datasets/\S+) \((\d+)\) (configs/trainers/\S+) \((\d+)\) ?(.*)")
 KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+")
