@@ -15,13 +15,11 @@ EXAMPLE = """example:
 docs/reference.md lists the config keys and the files of a run."""
 
 
-class Style(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults after the help of a flag, and the example as it is."""
-
-
 def parser(description: str = "Train or evaluate a method.", epilog: str = EXAMPLE) -> argparse.ArgumentParser:
     """A parser with CoOp's flags, to which other programs may add their own."""
-    made = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=Style)
+    made = argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = made.add_argument
     add("--root", default="", help="folder of the data sets")
     add("--output-dir", default="", help="run folder, which receives all output")
@@ -32,7 +30,7 @@ def parser(description: str = "Train or evaluate a method.", epilog: str = EXAMP
     add("--backbone", default="", help="CLIP weights: a name, a path or arch/tag (MODEL.BACKBONE.NAME)")
     add("--head", default="", help="unused, as in CoOp (MODEL.HEAD.NAME)")
     add("--model-dir", default="", help="run folder whose model --eval-only evaluates")
-    add("--seed", type=int, default=-1, help="of all random numbers; negative: none")
+    add("--seed", type=int, default=-1, help="of all random numbers; negative: none (-1)")
     add("--source-domains", nargs="+", help="source domains")
     add("--target-domains", nargs="+", help="target domains")
     add("--transforms", nargs="+", help="data augmentation")
@@ -41,6 +39,11 @@ def parser(description: str = "Train or evaluate a method.", epilog: str = EXAMP
     add("--no-train", action="store_true", help="build everything, then stop")
     add("opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config keys that override the files")
     return made
+
+
+def listed() -> str:
+    """The flags as ``--help`` lists them, for programs that pass them on to ``train.py``."""
+    return parser(epilog="").format_help().split("\n\n", 2)[2]
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:

@@ -371,8 +371,9 @@ SHELL = [path for path in sorted((ROOT / "scripts").rglob("*.sh")) if path.name 
 TOOLS = [path for folder in ("tools", "toy") for path in sorted((ROOT / folder).glob("*.py"))]
 PROGRAMS = [ROOT / "train.py", *(path for path in TOOLS if "ArgumentParser" in path.read_text())]
 QUICKLY = """
-import runpy, sys
+import os, runpy, sys
 sys.argv = [{path!r}, "--help"]
+sys.path[0] = os.path.dirname({path!r})
 try:
     runpy.run_path({path!r}, run_name="__main__")
 except SystemExit as end:
@@ -390,4 +391,4 @@ def test_help_has_an_example_and_waits_for_nothing(path, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert "example" in done.stdout and "no such file" not in done.stdout.lower()
-    assert path.name in done.stdout and not list(tmp_path.iterdir())
+    assert path.stem in done.stdout and not list(tmp_path.iterdir())

@@ -23,6 +23,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    title, examples, _ = __doc__.split("\n\n", 2)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=title, epilog=f"examples:\n{examples}", formatter_class=style)
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, help="folders searched for results.json")
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds that every cell must have (1 2 3)")
+    add("--partial", action="store_true", help="make the report even if runs are missing")
+    add("--out", type=Path, default=ROOT / "output" / "report", help="folder to write to (output/report)")
+    add(
+        "--predictions",
+        type=int,
+        default=6,
+        metavar="N",
+        help="test images with the predictions of one run; 0: none (6)",
+    )
+    args = parser.parse_args(argv)
+    if args.predictions < 0:
+        parser.error(f"--predictions {args.predictions}: must not be negative")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes in the flags end here: the imports below take seconds
+
 import pandas as pd
 from markdown_it import MarkdownIt
 from matplotlib import rc_context
@@ -32,7 +60,6 @@ from tqdm import tqdm
 
 from report_data import NAME, TITLES, Report, Table, UserError, make_report, replacing
 
-ROOT = Path(__file__).resolve().parents[1]
 OURS = ("#d1495b", "o")  # LoGoPrompt
 PALETTE = ("#4c86c6", "#2a9d8f", "#9b6bc2", "#c98a1b", "#7a8f3a", "#c2679b", "#5b6f9e", "#a0705a", "#3b9ab2", "#8a94a0")
 MARKERS = "s^DvP<X>*"
@@ -192,17 +219,7 @@ def page(report: Report, figure_files: dict[str, bytes], run: str, pictures: lis
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Returns the exit status."""
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=style)
-    add = parser.add_argument
-    add("runs", nargs="+", type=Path, help=f"folders searched for {NAME}")
-    add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds that every cell must have")
-    add("--partial", action="store_true", help="make the report even if runs are missing")
-    add("--out", type=Path, default=ROOT / "output" / "report", help="folder to write to")
-    add("--predictions", type=int, default=6, metavar="N", help="test images with the predictions of one run; 0: none")
-    args = parser.parse_args(argv)
-    if args.predictions < 0:
-        parser.error(f"--predictions {args.predictions}: must not be negative")
+    args = parse_args(argv)
     try:
         report = make_report(args.runs, sorted(set(args.seeds)))
         for line in (*report.gaps, *report.notes):
