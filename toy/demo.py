@@ -88,6 +88,7 @@ def examples(run_folder: Path) -> dict[str, tuple[Explanation, str]]:
     """The first test image of each of the KINDS, with its true class; less where the selection did no such thing."""
     predictor, found = Predictor(run_folder), {}
     classnames, images = survey(predictor.cfg)
+    images.sort(key=lambda row: os.path.basename(row[0]))  # the first image of every class first
     labels = iter([classnames[label] for _, label in images])
     for explanation in predictor.explain(image for image, _ in images):
         true = next(labels)
