@@ -14,7 +14,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-BLOCK = re.compile(r"^(?:<!-- not run: (?P<reason>.+) -->\n)?```bash\n(?P<code>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```bash\n(?P<code>.*?)^```$", re.M | re.S)
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
