@@ -46,6 +46,8 @@ def test_base2new_prints_three_numbers(data_root, rn_file, tmp_path):
     done = run_script(tmp_path, "logo/base2new", *words, **places)
     assert done.returncode == 0, done.stderr
     base, new, h = (float(v) for v in re.findall(r"^ *(?:base|new|H) +(\d+\.\d\d)$", done.stdout, re.M)[-3:])
+    parts = re.split(r"^run \d of 2.*\n", done.stdout, flags=re.M)[1:]
+    assert len(parts) == 2 and all(len(part.splitlines()) <= 60 for part in parts)
     end = "caltech101/shots_2/LoGoPrompt/photo64_ep50_ctxv1/seed1"
     folders = [tmp_path / "my output" / "base2new" / kind / end for kind in ("train_base", "test_new")]
     measured = [read_results(str(folder))["metrics"]["accuracy"] for folder in folders]
