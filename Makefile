@@ -1,5 +1,5 @@
 # make install  set up .venv; the other targets do this first
-# make demo     train and compare methods on the toy world, in minutes
+# make demo     train and compare methods on the toy world, in minutes; ARGS="--seed 2 KEY VALUE" for toy/demo.py
 # make app      try the method in a browser: installs gradio into .venv and starts a page on this machine
 # make test     run the tests and report line coverage
 # make soak     kill runs at every possible moment; half an hour
@@ -30,7 +30,7 @@ soak: install
 	$(VENV)/bin/python -m pytest -m soak
 
 demo: install
-	$(VENV)/bin/python toy/demo.py
+	$(VENV)/bin/python toy/demo.py $(ARGS)
 
 app: $(VENV)/.app
 	$(VENV)/bin/python tools/app.py

@@ -10,7 +10,6 @@ Mistakes of the user are reported on stderr, one line each, and end the run with
 
 from __future__ import annotations
 
-import argparse
 import ast
 import os
 import reprlib
@@ -20,7 +19,12 @@ from contextlib import suppress
 from difflib import get_close_matches
 from functools import reduce
 from itertools import islice
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
+
+from train_flags import parse_args
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes in the flags end here: the imports below take seconds
 
 import fallback  # noqa: F401 (makes `import dassl` work)
 
@@ -37,9 +41,14 @@ import datasets
 import trainers
 from fallback.dassl.utils import setup_logger  # Dassl's own buffers the log and fails at exit where the disk is full
 from trainers.prompting import distributed
+from trainers.prompting.console import BriefConsole
 from trainers.prompting.errors import UserError, messages
 from trainers.prompting.names import flat_config
-from trainers.prompting.run_folder import locked
+from trainers.prompting.results import write_text
+from trainers.prompting.run_folder import command, locked
+
+if TYPE_CHECKING:
+    import argparse
 
 TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
 TYPE_NAMES[tuple] = TYPE_NAMES[list] = "a list"
@@ -85,6 +94,8 @@ def setup_cfg(args: argparse.Namespace) -> CN:
     for flag in ("--dataset-config-file", "--config-file"):
         if path := getattr(args, flag[2:].replace("-", "_")):
             errors += merge_file(cfg, path, flag)
+    if missing := [line for line in errors if ": no such file (" in line]:
+        raise UserError(*missing)  # what else is wrong may be due to that
     reset_cfg(cfg, args)
     errors += merge_pairs(cfg, args.opts)
     registries = {"trainer (--trainer)": (cfg.TRAINER.NAME, TRAINER_REGISTRY)}
@@ -108,7 +119,8 @@ def merge_file(cfg: CN, path: str, flag: str) -> list[str]:
             content = yaml.safe_load(file)
         too_many = next(islice(_values(content), MAX_VALUES, None), None)
     except FileNotFoundError:
-        return [f"{path}: no such file ({flag})"]
+        here = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
+        return [f"{path}: no such file ({flag}){f', perhaps {here}' if os.path.isfile(here) else ''}"]
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8
         return [f"{path}: {' '.join(str(error).split())}"]
     if too_many:
@@ -190,12 +202,9 @@ def run(args: argparse.Namespace) -> None:
             set_random_seed(cfg.SEED)
         if distributed.is_main():
             setup_logger(cfg.OUTPUT_DIR)
+            describe_run(args, cfg)
         if torch.cuda.is_available() and cfg.USE_CUDA:
             torch.backends.cudnn.benchmark = True
-        print("***************\n** Arguments **\n***************")
-        print(*(f"{key}: {value}" for key, value in sorted(vars(args).items())), sep="\n")
-        print(f"************\n** Config **\n************\n{cfg}")
-        print(f"Collecting env info ...\n** System info **\n{collect_env_info()}\n")
         try:
             trainer = build_trainer(cfg)
         except ValueError as error:  # Dassl's exception for unknown options (optimizer, transform, sampler, …)
@@ -213,29 +222,13 @@ def run(args: argparse.Namespace) -> None:
             loader._iterator = None  # ends its workers; the garbage collector would wait five seconds for each
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Parse CoOp's flags."""
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=style)
-    add = parser.add_argument
-    add("--root", default="", help="folder of the data sets")
-    add("--output-dir", default="", help="run folder, which receives all output")
-    add("--resume", default="", help="run folder from which training continues")
-    add("--config-file", default="", help="config of the method")
-    add("--dataset-config-file", default="", help="config of the data set")
-    add("--trainer", default="", help="name of the trainer")
-    add("--backbone", default="", help="CLIP weights: a name, a path or arch/tag (MODEL.BACKBONE.NAME)")
-    add("--head", default="", help="unused, as in CoOp (MODEL.HEAD.NAME)")
-    add("--model-dir", default="", help="run folder whose model --eval-only evaluates")
-    add("--seed", type=int, default=-1, help="of all random numbers; negative: none")
-    add("--source-domains", nargs="+", help="source domains")
-    add("--target-domains", nargs="+", help="target domains")
-    add("--transforms", nargs="+", help="data augmentation")
-    add("--eval-only", action="store_true", help="evaluate without training")
-    add("--load-epoch", type=int, help="epoch of that model; default: the best one, else the last")
-    add("--no-train", action="store_true", help="build everything, then stop")
-    add("opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs that override the config")
-    return parser.parse_args(argv)
+def describe_run(args: argparse.Namespace, cfg: CN) -> None:
+    """Write ``environment.txt``, and shorten what a terminal shows unless the command asks for more."""
+    if "TRAIN.PRINT_FREQ" not in args.opts:
+        sys.stdout.console = BriefConsole(sys.stdout.console)
+    path, place = os.path.join(cfg.OUTPUT_DIR, "environment.txt"), f"(in {os.getcwd()})"
+    write_text(path, f"{command()}\n{place}\n\n** Config **\n{cfg}\n** System info **\n{collect_env_info()}\n")
+    print(f"Command, config and system: {path}")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -255,5 +248,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:  # before or after training, where there is no checkpoint to save
-        print("interrupted", file=sys.stderr)
+        print(f"Interrupted. To start again, in {os.getcwd()}: {command()}", file=sys.stderr)
         sys.exit(130)

@@ -23,7 +23,7 @@ def test_ratios_are_medians_relative_to_the_first_way():
 
 def test_table_and_json_hold_the_same_rows(tmp_path, capsys, monkeypatch):
     rows = [{"label": "a", "seconds": 2.0, "ratio": 1.0, "megabytes": None}]
-    monkeypatch.setitem(benchmark.BENCHMARKS, "text", ("Text", lambda quick: iter(rows)))
+    monkeypatch.setitem(benchmark.BENCHMARKS, "text", lambda quick: iter(rows))
     assert benchmark.main(["--only", "text", "--quick", "--json", str(tmp_path / "numbers.json")]) == 0
     assert json.loads((tmp_path / "numbers.json").read_text()) == {"text": rows}
     assert capsys.readouterr().out.splitlines()[-2].split() == ["|", "a", "|", "2.00", "|", "1.000", "|", "|"]

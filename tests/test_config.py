@@ -25,7 +25,7 @@ ANY_VALUE = {"TRAINER.LOGOPROMPT.VISUAL_SEED", "DATASET.SPLIT_SEED"}
 
 # For every rule of Dassl's own keys, values that break it.
 DASSL = {
-    **dict.fromkeys(("SEED", "DATASET.NUM_SHOTS", "OPTIM.WARMUP_EPOCH", "TRAIN.CHECKPOINT_FREQ"), [-2]),
+    **dict.fromkeys(("SEED", "OPTIM.WARMUP_EPOCH", "TRAIN.CHECKPOINT_FREQ"), [-2]),
     **dict.fromkeys(("DATALOADER.TRAIN_X.BATCH_SIZE", "DATALOADER.TEST.BATCH_SIZE"), COUNT),
     **dict.fromkeys(("OPTIM.MAX_EPOCH", "TRAIN.PRINT_FREQ"), COUNT),
     **dict.fromkeys(("OPTIM.LR", "OPTIM.WEIGHT_DECAY", "OPTIM.WARMUP_CONS_LR", "OPTIM.WARMUP_MIN_LR"), NUMBER),
@@ -35,6 +35,7 @@ DASSL = {
     "INPUT.PIXEL_MEAN": [(0.5,), (0.5, 0.5, NAN), (0.5, 0.5, "x")],
     "INPUT.PIXEL_STD": [(0.5,), (0.5, 0.5, 0.0), (0.5, 0.5, -1)],
     "INPUT.RRCROP_SCALE": [(0.5,), (0.0, 1.0), (0.8, 0.5), (0.5, 1.5), ("a", "b")],
+    "DATASET.NUM_SHOTS": [0, -2],
     "DATALOADER.NUM_WORKERS": [-1],
     "DATALOADER.K_TRANSFORMS": [0, 2],
     "DATALOADER.TEST.SAMPLER": ["RandomClassSampler", ""],

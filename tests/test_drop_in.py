@@ -145,7 +145,7 @@ def test_scripts_work_in_the_checkout(checkout):
         ["H", "40.00"],
     ]
     faults = (
-        ("shapes", {}, "shapes.yaml: no such file"),
+        ("shapes", {}, "data set shapes: choose one of caltech101"),
         ("caltech101", {"BACKBONE": "tiny"}, "tiny_clip.pt: no such file"),
         ("caltech101", {"TRAINER": "CoOp"}, "TRAINER CoOp: the scripts run LoGoPrompt here"),  # CoOp's own
         ("caltech101", {"TRAINER": "LogoPrompt"}, "TRAINER LogoPrompt: the scripts run LoGoPrompt here"),

@@ -1,6 +1,7 @@
 """Hooks of the training loop: schedules of stages, numbers that are not finite, collapse."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -70,6 +71,29 @@ def test_every_stage_follows_its_own_cosine(schedule):
     rates = follow(sched, optim, range(10))
     torch.testing.assert_close(torch.tensor(rates), torch.tensor(expected_rates(range(10))))
     assert events == [(event, i, True) for i in (0, 2) for event in ("begin", "end")]  # the empty stage is skipped
+
+
+@pytest.mark.parametrize("epochs, warning", [
+    ((1,), "all epochs are warm-up"), ((1, 1), "all epochs are warm-up"), ((1, 0), "all epochs are warm-up"),
+    ((2, 1), "stage 2 is warm-up"), ((1, 2, 1), "stage 1 and 3 is warm-up"), ((2,), None), ((2, 0, 2), None),
+])  # fmt: skip
+def test_stages_of_warmup_alone_are_one_warning(epochs, warning):
+    cfg = get_cfg_default().OPTIM
+    cfg.WARMUP_EPOCH = 1
+    found = StageSchedule([Stage(n, 0.1) for n in epochs], None, cfg, build_lr_scheduler, None).warnings
+    assert (warning is None) == (found == []) and len(found) <= 1
+    assert warning is None or (found[0].startswith(warning) and "raise OPTIM.MAX_EPOCH" in found[0])
+
+
+def test_printed_learning_rate_is_that_of_the_batch(run):
+    done = run("CoOp", "OPTIM.MAX_EPOCH", 3, "OPTIM.WARMUP_EPOCH", 1, "TRAIN.PRINT_FREQ", 1)
+    lines = re.findall(r"^epoch \[(\d)/3\] batch .* lr (\S+) ", done.log, re.M)
+    rates = {int(epoch): {float(rate) for e, rate in lines if e == epoch} for epoch, _ in lines}
+    lr = done.trainer.cfg.OPTIM.LR
+    cosine = [lr * (1 + math.cos(math.pi * n / 3)) / 2 for n in (0, 1)]
+    expected = [done.trainer.cfg.OPTIM.WARMUP_CONS_LR, *cosine]
+    assert [len(rates[epoch]) for epoch in (1, 2, 3)] == [1, 1, 1]  # also in the last batch of an epoch
+    assert [rates[epoch].pop() for epoch in (1, 2, 3)] == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("done, remaining", [(1, 3), (3, 3), (4, 2), (7, 1), (9, 1)])

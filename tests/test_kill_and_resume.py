@@ -233,7 +233,8 @@ def test_two_runs_draw_one_few_shot_sample(make, unbroken):
     expected, events = unbroken("stages")
     first, second = make("stages"), make("stages")
     second.argv[second.argv.index("--root") + 1] = str(first.data)
-    assert first.run(at=events.index("half written") + 1)[0] == -signal.SIGKILL
+    writing = [at for at, event in enumerate(events, start=1) if event == "half written"]
+    assert first.run(at=writing[1])[0] == -signal.SIGKILL  # the first is of environment.txt
     assert [path.suffix for path in first.samples.iterdir()] == [".tmp"]
     for place, process in [(place, place.start()) for place in (first, second)]:
         status, report = process.end()
@@ -266,7 +267,7 @@ def test_full_disk_ends_in_one_line_and_loses_nothing(make, unbroken, tmp_path):
         pytest.skip("no file system can be mounted here (test_limit_on_file_sizes covers part of it)")
     (expected, _), place = unbroken("stages"), make("stages")
     place.argv[place.argv.index("--output-dir") + 1] = str(folder / "run")
-    program, sizes = ROOT / "tests" / "soak" / "small_disk.py", ("0", "24", "100")
+    program, sizes = ROOT / "tests" / "soak" / "small_disk.py", ("0", "24", "160")
     command = [*words, sys.executable, program, folder, json.dumps(place.argv), *sizes]
     subprocess.run(list(map(str, command)), check=True)
     epochs = []

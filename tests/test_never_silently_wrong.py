@@ -21,7 +21,7 @@ from trainers.prompting.backbone import load_clip
 from trainers.prompting.checkpoint import BEST
 from trainers.prompting.data import MAX_ASPECT, handle_last_batch, read_image
 from trainers.prompting.errors import UserError
-from trainers.prompting.evaluation import FewShotFeatures, check_scores, evaluate
+from trainers.prompting.evaluation import FewShotFeatures, at_chance, check_scores, evaluate
 from trainers.prompting.feature_store import FeatureStore
 from trainers.prompting.method import Comparison
 from trainers.prompting.results import described
@@ -225,9 +225,12 @@ def test_images_left_out_of_every_epoch_are_reported_or_used(capsys):
 def test_training_that_is_all_warm_up_is_warned_of(run, tmp_path, capsys):
     found = run("CoOp", "OPTIM.MAX_EPOCH", 1, out="base")
     (warning,) = found.results["warnings"]
-    assert "stage 1 has 1 epoch, all warm-up" in warning and warning in found.log
-    two = run("LoGoPrompt", "OPTIM.MAX_EPOCH", 2, out="two").results["warnings"]
-    assert [line[:7] for line in two] == ["stage 1", "stage 2"]
+    assert "all epochs are warm-up" in warning and "raise OPTIM.MAX_EPOCH above 1" in warning
+    assert found.log.splitlines()[-1].endswith(warning)
+    two = run("LoGoPrompt", "OPTIM.MAX_EPOCH", 2, out="two")
+    assert "until every stage has more than 1" in two.results["warnings"][0]
+    stages = [line for line in two.log.splitlines() if line.startswith("Stage ")]
+    assert stages == [f"Stage {n} of 2: epochs {n} to {n}, learning rate 0.002" for n in (1, 2)]
     print_results([str(tmp_path / "base"), str(tmp_path / "base")])
     assert capsys.readouterr().out.count(warning) == 2  # what the scripts print
 
@@ -265,13 +268,32 @@ class Paths(list):
 
 @pytest.mark.parametrize(
     "labels, n_classes, expected",
-    [([0, 1, 2], 3, "every image"), ([0, 0, 0], 3, None), ([0, 0, 0], 1, "one class to choose from")],
+    [
+        ([0, 1, 2], 3, "every image"),
+        ([0, 0, 0], 3, None),
+        ([0, 0, 0], 1, "one class to choose from"),
+        ([0] * 50, 2, None),
+        ([1] * 21, 2, "guessing (chance is 50.0 %)"),
+        ([1] * 20, 2, None),
+    ],
 )
 def test_meaningless_accuracies_are_warned_of(labels, n_classes, expected, capsys):
     batches = [(Paths(f"{i}.png" for i in range(len(labels))), torch.tensor(labels))]
     found = evaluate(Constant(n_classes), batches, Accuracy(), "test", len(labels))
     assert len(found.warnings) == (expected is not None)
     assert all(expected in warning and warning in capsys.readouterr().out for warning in found.warnings)
+
+
+@pytest.mark.parametrize("right, images, n_classes, expected", [
+    (4, 100, 50, False),  # chance is 2 % with a standard error of 1.4 %
+    (3, 100, 50, True),
+    (0, 100, 50, True),
+    (0, 20, 50, False),
+    (12, 21, 2, True),
+    (13, 21, 2, False),
+])  # fmt: skip
+def test_accuracy_at_chance(right, images, n_classes, expected):
+    assert at_chance(100 * right / images, images, n_classes) == expected
 
 
 def test_what_was_not_asked_for_is_named():

@@ -2,11 +2,16 @@
 
 import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
 
-from trainers.prompting.results import harmonic_mean, read_results
+from trainers.prompting.results import harmonic_mean, read_results, write_results
 
 SEEDS = ["1", "2", "3"]
 SETTINGS = {"CFG": "", "SHOTS": "", "PYTHON": "echo", "OUTPUT": "out", "DATA": "."}
@@ -41,6 +46,8 @@ def test_base2new_prints_three_numbers(data_root, rn_file, tmp_path):
     done = run_script(tmp_path, "logo/base2new", *words, **places)
     assert done.returncode == 0, done.stderr
     base, new, h = (float(v) for v in re.findall(r"^ *(?:base|new|H) +(\d+\.\d\d)$", done.stdout, re.M)[-3:])
+    parts = re.split(r"^run \d of 2.*\n", done.stdout, flags=re.M)[1:]
+    assert len(parts) == 2 and all(len(part.splitlines()) <= 60 for part in parts)
     end = "caltech101/shots_2/LoGoPrompt/photo64_ep50_ctxv1/seed1"
     folders = [tmp_path / "my output" / "base2new" / kind / end for kind in ("train_base", "test_new")]
     measured = [read_results(str(folder))["metrics"]["accuracy"] for folder in folders]
@@ -61,6 +68,100 @@ def test_base2new_prints_three_numbers(data_root, rn_file, tmp_path):
     done = run_script(tmp_path, "logo/base2new", *words, **places)
     assert done.returncode == 0 and "Resuming from" in done.stdout
     assert read_results(str(folders[0]))["metrics"]["accuracy"] == measured[0]
+
+
+# A stand-in for Python whose train.py takes a second and "measures" the seed; everything else is Python.
+SLOW = """#!/usr/bin/env bash
+if [ "$1" != train.py ]; then exec "{python}" "$@"; fi
+while [ $# -gt 0 ]; do
+    case $1 in --output-dir) dir=$2 ;; --seed) seed=$2 ;; DATASET.SUBSAMPLE_CLASSES) subset=$2 ;; esac
+    shift
+done
+echo "$dir" >> "{log}"
+sleep 1
+run='"trainer": "CoOp", "dataset": "Shapes", "shots": 16, "backbone": "tiny"'
+run+=", \\"seed\\": $seed, \\"subsample_classes\\": \\"$subset\\""
+echo "{{\\"metrics\\": {{\\"accuracy\\": 5$seed}}, \\"run\\": {{$run}}}}" > "$dir/results.json"
+"""
+
+
+@pytest.fixture
+def slow(tmp_path):
+    """Start base2new.sh for seeds 1, 2 and 3 with SLOW; returns the process and the log of all runs."""
+    python, log = tmp_path / "slow", tmp_path / "runs.log"
+    python.write_text(SLOW.format(python=sys.executable, log=log))
+    python.chmod(0o755)
+
+    def start(**more):
+        environment = {**os.environ, **SETTINGS, "PYTHON": str(python), "TRAINER": "CoOp", **more}
+        command = ["bash", str(ROOT / "scripts" / "logo" / "base2new.sh"), "shapes"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, **pipes), log
+
+    return start
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="needs flock")
+def test_two_scripts_at_once_share_the_seeds(slow):
+    (first, log), (second, _) = slow(), slow()
+    outputs = [process.communicate(timeout=60)[0] for process in (first, second)]
+    assert first.returncode == second.returncode == 0
+    made = log.read_text().splitlines()
+    assert len(made) == len(set(made)) == 6  # every run once
+    assert all(
+        any(f"run {n} of 6" in text and folder in text for n in range(1, 7)) for text in outputs for folder in made
+    )
+    for text in outputs:  # both end with all results
+        assert text.count("base  5") == 3
+        rows = [line.split()[-6:] for line in text.splitlines()[-3:]]
+        assert rows == [["51.00", "52.00", "53.00", "52.00", "±", "1.00"]] * 3
+    assert any("minute" in text and " left: " in text for text in outputs)
+
+
+def test_interrupted_script_says_how_to_continue(slow):
+    process, log = slow()
+    for line in process.stdout:
+        if line.startswith("run 3 of 6"):
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130 and error == "Interrupted: 2 of 6 runs are finished. The same command continues.\n"
+
+
+def test_another_run_in_the_folder_is_told_apart_by_key(slow, tmp_path):
+    process, _ = slow()
+    assert process.wait(60) == 0
+    done = run_script(
+        tmp_path,
+        "logo/base2new",
+        "shapes",
+        "1",
+        "OPTIM.LR",
+        "0.5",
+        **SETTINGS | {"PYTHON": sys.executable, "TRAINER": "CoOp"},
+    )
+    (line,) = done.stderr.splitlines()
+    assert (
+        done.returncode == 2
+        and "OPTIM.LR is not set there, 0.5 now" in line
+        and f"OUTPUT={tmp_path}/out_lr_0.5" in line
+    )
+
+
+def test_table_tells_rows_apart(tmp_path):
+    """Equal settings by the part of their folders that differs; a run that was not tested is left out."""
+    for row, seed, accuracy in (("shipped", 1, 70.0), ("shipped", 2, 72.0), ("4a_none", 1, 60.5)):
+        run = {"trainer": "LoGoPrompt", "dataset": "Shapes", "shots": 1, "seed": seed, "subsample_classes": "all"}
+        write_results(str(tmp_path / row / f"seed{seed}"), {"metrics": {"accuracy": accuracy}, "run": run})
+    write_results(str(tmp_path / "4a_none" / "seed2"), {"metrics": {}, "run": run})
+    folders = [str(tmp_path / row / f"seed{seed}") for row in ("shipped", "4a_none") for seed in (1, 2)]
+    command = [sys.executable, str(ROOT / "trainers" / "prompting" / "script_output.py"), "table", *folders]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.split() for line in lines] == [
+        ["seed", "1", "seed", "2", "mean"],
+        ["shipped:", "LoGoPrompt", "on", "Shapes,", "1", "shot", "70.00", "72.00", "71.00", "±", "1.41"],
+        ["4a_none:", "LoGoPrompt", "on", "Shapes,", "1", "shot", "60.50", "60.50"],
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- scripts/logo
@@ -107,6 +208,16 @@ def test_domain_generalization_trains_once_and_tests_every_target(tmp_path):
             assert call["--dataset-config-file"].endswith(f"/{name}.yaml")
             assert call["--eval-only"] and call["--model-dir"] == source["--output-dir"]
             assert config(call) == config(source) == "LoGoPrompt/tiny96_ep10_ctxv1"
+    # The other kind uses the same training, and evaluates the source into its own folder.
+    trained = Path(calls[0]["--output-dir"])
+    (trained / "prompt_learner").mkdir()
+    (trained / "prompt_learner" / "checkpoint").write_text("")
+    again = runs(tmp_path, "logo/cross_dataset", "1", SOURCE="shapes", TARGETS="caltech101")
+    assert [call.get("--eval-only") for call in again] == [None, True, True]
+    assert again[0]["--output-dir"] == again[1]["--model-dir"] == again[2]["--model-dir"] == str(trained)
+    assert "/cross_dataset/from_shapes/shapes/" in again[1]["--output-dir"]
+    changed = runs(tmp_path, "logo/cross_dataset", "1", "OPTIM.LR", "9", SOURCE="shapes", TARGETS="caltech101")
+    assert "/cross_dataset/" in changed[0]["--output-dir"] and len(changed) == 2
     places = {"SOURCE": "shapes", "TARGETS": "shapes_shifted", "TRAINER": "ZeroshotCLIP"}
     assert [call["--eval-only"] for call in runs(tmp_path, "logo/cross_dataset", "1", **places)] == [True, True]
 
@@ -254,3 +365,32 @@ def test_mistakes_in_the_words_of_coop_scripts_end_with_status_2(tmp_path, scrip
     assert done.returncode == 2 and done.stderr.startswith("usage: bash ")
     done = run_script(tmp_path, script, "none", *others, **PLACES)  # no such data set, or no seed
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------- --help
+
+SHELL = [path for path in sorted((ROOT / "scripts").rglob("*.sh")) if path.name != "common.sh"]
+TOOLS = [path for folder in ("tools", "toy") for path in sorted((ROOT / folder).glob("*.py"))]
+PROGRAMS = [ROOT / "train.py", *(path for path in TOOLS if "ArgumentParser" in path.read_text())]
+QUICKLY = """
+import os, runpy, sys
+sys.argv = [{path!r}, "--help"]
+sys.path[0] = os.path.dirname({path!r})
+try:
+    runpy.run_path({path!r}, run_name="__main__")
+except SystemExit as end:
+    slow = {{"torch", "pandas", "matplotlib"}} & set(sys.modules)
+    sys.exit(end.code or ", ".join(slow) or 0)
+"""
+
+
+@pytest.mark.parametrize("path", [*SHELL, *PROGRAMS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_help_has_an_example_and_waits_for_nothing(path, tmp_path):
+    command = ["bash", str(path), "--help"]
+    if path.suffix == ".py":
+        command = [sys.executable, "-c", QUICKLY.format(path=str(path))]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "example" in done.stdout and "no such file" not in done.stdout.lower()
+    assert path.stem in done.stdout and not list(tmp_path.iterdir())

@@ -1,20 +1,24 @@
 """The trainers through ``train.py``: what a run leaves behind, and that nothing but the seed changes it."""
 
+import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, differences, linked_caltech
+from conftest import ROOT, differences, interrupt, linked_caltech
+from helpers import naive_paste
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import NAMES, arguments
 from yacs.config import CfgNode
 
 from trainers.prompting.backbone import load_clip
+from trainers.prompting.image_batch import ImageBatch
 from trainers.prompting.names import relative_path
 
 PROMPTS = ("CoOp", "CoCoOp", "LoGoPrompt")
@@ -33,7 +37,16 @@ for_prompts = pytest.mark.parametrize("trainer", PROMPTS)
 @for_prompts
 def test_run_folder_holds_the_promised_files(trained, trainer):
     run = trained(trainer)
-    files = [".lock", "config.yaml", "log.txt", "prompt_learner", "results.json", "tensorboard"]
+    files = [
+        ".lock",
+        "config.yaml",
+        "curves.csv",
+        "environment.txt",
+        "log.txt",
+        "prompt_learner",
+        "results.json",
+        "tensorboard",
+    ]
     assert sorted(path.name for path in run.folder.iterdir()) == files
     assert run.checkpoint(2)["epoch"] == 2 and run.checkpoint(2)["classnames"] == NAMES[:4]
     assert CfgNode.load_cfg((run.folder / "config.yaml").read_text()).OPTIM.MAX_EPOCH == 2
@@ -52,7 +65,7 @@ def test_run_folder_holds_the_promised_files(trained, trainer):
     assert "epoch [2/2] batch [2/2]" in run.log
     summary = f"{trainer} on Caltech101, base classes, 4 shots, seed 1: "
     accuracy = f"accuracy {results['metrics']['accuracy']:.2f} % (16 images). Results: {run.folder / 'results.json'}"
-    assert run.log.splitlines()[-1] == summary + accuracy
+    assert run.log.splitlines()[-1].startswith(summary + accuracy)
 
 
 @for_prompts
@@ -64,6 +77,45 @@ def test_tensorboard_has_a_point_for_every_step_and_evaluation(trained, trainer)
         assert [step for step, _ in curves[f"train/{name}"]] == [0, 1, 2, 3]  # two epochs of two batches
     for name, value in {**run.results["metrics"], **run.results["observed"]}.items():
         assert curves[f"test/{name}"] == [(1, pytest.approx(value, rel=1e-6))]
+    printed = re.findall(r"loss (\S+) \(\S+\) acc (\S+) \(\S+\) lr (\S+) ", run.log)  # of single steps
+    for name, values in zip(("loss", "acc", "lr"), zip(*printed)):
+        assert [value for _, value in curves[f"train/{name}"]] == pytest.approx([*map(float, values)], abs=1e-4)
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    assert ("class_conditional_images" in events.Tags()["images"]) == (trainer == "LoGoPrompt")
+
+
+@for_prompts
+def test_curves_are_those_of_tensorboard(trained, trainer):
+    run = trained(trainer)
+    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    with open(run.folder / "curves.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row.pop("epoch"), row.pop("step")) for row in rows] == [("1", "0"), ("1", "1"), ("2", "2"), ("2", "3")]
+    for name in rows[0]:
+        values = [event.value for event in events.Scalars(f"train/{name}")]
+        assert values == pytest.approx([float(row[name]) for row in rows], rel=1e-6)
+
+
+def test_curves_of_a_resumed_run_have_every_step_once(run):
+    opts = ("OPTIM.MAX_EPOCH", 4, "TRAIN.CHECKPOINT_FREQ", 1, "TEST.FINAL_MODEL", "best_val")
+    whole = run("CoOp", *opts, out="whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("CoOp", *opts, prepare=interrupt(2))
+    curves = run("CoOp", *opts).folder / "curves.csv"
+    assert curves.read_text() == (whole.folder / "curves.csv").read_text()
+    assert "val/accuracy" in curves.read_text().splitlines()[0]
+
+
+def test_sheet_shows_images_with_the_blocks_of_three_classes(trained):
+    trainer = trained("LoGoPrompt").trainer
+    images = ImageBatch(trainer.backbone, torch.zeros(2, 3, 64, 64), ["a.png", "b.png"])
+    model, label = trainer.model, torch.tensor([3, 0])
+    pictures = (model.pictures(images, label) - model.mean) / model.std
+    for row, top_left, y in zip(pictures, model.places(images), label):
+        assert torch.allclose(row[0], torch.zeros(()), atol=1e-5)
+        for i in range(3):
+            expected = naive_paste(torch.zeros(3, 64, 64), model.visual_prompts[(y + i) % 4], *top_left)
+            torch.testing.assert_close(row[1 + i], expected, atol=1e-5, rtol=0)
 
 
 @for_prompts

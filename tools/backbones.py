@@ -1,6 +1,6 @@
 """List the architectures of open_clip that work here: image size, text tower, path, parameters, reading score.
 
-    python tools/backbones.py [NAME …]
+    python tools/backbones.py RN50 local-dir:models/siglip ViTamin-S=models/mine.safetensors
 
 ``NAME`` is any ``MODEL.BACKBONE.NAME``; with ``arch=FILE``, the weights of an architecture. Only given names and `tiny`
 have a reading score, see ``tools/figure1.py``: the share of the toy test images that are farther from the prompt of a
@@ -19,7 +19,22 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Optional
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    title, example = __doc__.split("\n\n")[:2]
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=title, epilog=f"example:\n{example}", formatter_class=style)
+    name = "weights to measure: MODEL.BACKBONE.NAME, or arch=FILE"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=name)
+    parser.add_argument("--root", default=str(ROOT / "data"), help="folder of the toy data set, drawn if it is missing")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes in the flags end here: the imports below take seconds
 
 import figure1  # isort: skip (needs the line above; makes `import dassl` work)
 import open_clip
@@ -34,7 +49,6 @@ from trainers.prompting.clip_model import Backbone, is_causal
 from trainers.prompting.errors import UserError, on_one_line
 from trainers.prompting.open_clip_models import nearest
 
-ROOT = Path(train.__file__).parent
 COLUMNS = ("backbone", "pixels", "text tower", "path", "M parameters", "tokenizer", "reads in %")
 
 
@@ -113,12 +127,7 @@ def weights_row(given: str, root: str) -> list[Any]:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Returns the exit status: 0, or 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="weights to measure: MODEL.BACKBONE.NAME, or arch=FILE"
-    )
-    parser.add_argument("--root", default=str(ROOT / "data"), help="folder of the toy data set, drawn if it is missing")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     rows, missing = [], []
     try:
         rows += [

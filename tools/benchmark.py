@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +26,31 @@ from itertools import zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Optional
+
+TITLES = {
+    "help": "--help of every script and tool",
+    "text": "Text encoder, forward and backward (12 layers, width 512)",
+    "cocoop": "A training step of CoCoOp, RN50",
+    "step": "LoGoPrompt and the encoders alone, on the same tensors",
+    "precision": "A training step of LoGoPrompt in two precisions of the image encoder",
+    "methods": "A training step of every method, relative to CoOp",
+    "sweep": "Evaluations of a sweep on Shapes, RN50, 224 pixels, K = 5",
+    "runs": "Training runs on Shapes with the embedded CLIP, 32 classes, K = 5",
+}
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    title, examples, _ = __doc__.split("\n\n", 2)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=title, epilog=f"examples:\n{examples}", formatter_class=style)
+    parser.add_argument("--only", nargs="+", choices=list(TITLES), default=list(TITLES), help="default: all")
+    parser.add_argument("--quick", action="store_true", help="smaller, for a first look")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes in the flags end here: the imports below take seconds
 
 from runner import arguments  # isort: skip (makes `import dassl` work)
 import open_clip
@@ -275,29 +301,41 @@ def runs(quick: bool) -> Iterator[Row]:
         yield from rows_of({f"{e} epochs, {n} shots, {v or 'fresh'} views": learn(e, n, v) for v in (0, views)})
 
 
-BENCHMARKS: dict[str, tuple[str, Callable[[bool], Iterator[Row]]]] = {
-    "text": ("Text encoder, forward and backward (12 layers, width 512)", text),
-    "cocoop": ("A training step of CoCoOp, RN50", cocoop_step),
-    "step": ("LoGoPrompt and the encoders alone, on the same tensors", step),
-    "precision": ("A training step of LoGoPrompt in two precisions of the image encoder", precision),
-    "methods": ("A training step of every method, relative to CoOp", methods),
-    "sweep": ("Evaluations of a sweep on Shapes, RN50, 224 pixels, K = 5", sweep),
-    "runs": ("Training runs on Shapes with the embedded CLIP, 32 classes, K = 5", runs),
+def help_times(quick: bool) -> Iterator[Row]:
+    """Seconds of --help, which does not wait for torch."""
+    root = Path(train.__file__).parent
+    tools = [
+        p for folder in ("tools", "toy") for p in (root / folder).glob("*.py") if "ArgumentParser" in p.read_text()
+    ]
+    programs = {path: sys.executable for path in (root / "train.py", *sorted(tools))}
+    programs |= {p: "bash" for p in sorted((root / "scripts").rglob("*.sh")) if p.name != "common.sh"}
+    seconds = {}
+    for path, program in programs.items():
+        start = time.perf_counter()
+        subprocess.run([program, str(path), "--help"], check=True, stdout=subprocess.DEVNULL)
+        seconds[str(path.relative_to(root))] = time.perf_counter() - start
+    yield from rows_of(seconds)
+
+
+BENCHMARKS: dict[str, Callable[[bool], Iterator[Row]]] = {
+    "help": help_times,
+    "text": text,
+    "cocoop": cocoop_step,
+    "step": step,
+    "precision": precision,
+    "methods": methods,
+    "sweep": sweep,
+    "runs": runs,
 }
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS))
-    parser.add_argument("--quick", action="store_true", help="smaller, for a first look")
-    parser.add_argument("--json", type=Path, help="file for the numbers")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     gpu = f"{torch.cuda.get_device_name()}, " if DEVICE.type == "cuda" else ""
     print(f"{gpu}{platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}\n")
     found = {}
     for name in args.only:
-        title, benchmark = BENCHMARKS[name]
-        found[name] = list(benchmark(args.quick))
+        title, found[name] = TITLES[name], list(BENCHMARKS[name](args.quick))
         frame = pd.DataFrame(found[name]).fillna({"megabytes": ""})
         table = frame.to_markdown(index=False, floatfmt=("", ".2f", ".3f", ",.0f"))
         print(f"## {title}{', quick: smaller' if args.quick else ''}\n\n{table}\n", flush=True)

@@ -163,7 +163,9 @@ def missing_packages(more: Sequence[str] = ()) -> list[str]:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Returns the exit status: 0; 1 if ``--check`` finds something missing; 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    title, examples, _ = __doc__.split("\n\n", 2)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=title, epilog=f"examples:\n{examples}", formatter_class=style)
     parser.add_argument("checkout", metavar="PATH_TO_COOP", help="folder with CoOp's train.py and trainers/")
     parser.add_argument("methods", nargs="*", metavar="METHOD", help="trainers to install (default: LoGoPrompt)")
     what = parser.add_mutually_exclusive_group()

@@ -23,7 +23,23 @@ from typing import Any, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train  # isort: skip (needs the line above; makes `import dassl` work)
+import train_flags  # isort: skip (needs the line above)
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of this program, and the words for train.py."""
+    title, examples = __doc__.split("\n\n")[:2]
+    epilog = f"examples:\n{examples}\n\nand of train.py:\n\n{train_flags.listed()}"
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=title, epilog=epilog, formatter_class=style)
+    parser.add_argument("--out", required=True, help="picture to write (.png, .svg, .pdf)")
+    return parser.parse_known_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes in the flags end here: the imports below take seconds
+
+import train  # isort: skip (makes `import dassl` work)
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
@@ -133,9 +149,7 @@ def draw(values: dict[str, torch.Tensor], classnames: Sequence[str], path: str) 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Returns the exit status: 0, or 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", required=True, help="picture to write (.png, .svg, .pdf)")
-    ours, rest = parser.parse_known_args(argv)
+    ours, rest = parse_args(argv)
     try:
         with redirect_stdout(io.StringIO()):
             trainer = build_trainer(train.setup_cfg(train.parse_args(["--trainer", "LoGoPrompt", "--no-train", *rest])))

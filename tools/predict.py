@@ -29,6 +29,34 @@ from typing import Any, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    title, examples, epilog = __doc__.split("\n\n", 2)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=title, epilog=f"examples:\n{examples}\n\n{epilog}", formatter_class=style
+    )
+    add = parser.add_argument
+    add("images", nargs="+", help="image files, and folders that are searched for them")
+    add("--model-dir", required=True, help="run folder")
+    add("--load-epoch", type=int, help="epoch of its model; default: the best one, else the last")
+    add("--backbone", default="", help="CLIP weights, if they are no longer where the run had them")
+    add("--classnames", nargs="+", help="other classes: their names, or a file with one on each line")
+    add("--root", default="", help="data root (default: the run's)")
+    add("--top", type=int, default=5, metavar="K", help="classes to name for each image (5)")
+    add("--batch-size", type=int, help="images scored at a time (default: as in the run's evaluation)")
+    add("--json", action="store_true", help="JSON lines, also on a terminal")
+    add("--out", type=Path, help="write JSON lines to this file, as they come")
+    add("--explain", type=Path, metavar="DIR|FILE", help="draw images and candidates: into a folder, or one .jpg, .png")
+    args = parser.parse_args(argv)
+    if min(args.top, 1 if args.batch_size is None else args.batch_size) < 1:
+        parser.error("--top and --batch-size must be at least 1")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes in the flags end here: the imports below take seconds
+
 import numpy as np
 from PIL import Image
 from rich.console import Console
@@ -142,24 +170,7 @@ def predict(args: argparse.Namespace, stack: ExitStack) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Returns the exit status, see above."""
-    title, _, epilog = __doc__.split("\n\n", 2)
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=title, epilog=epilog, formatter_class=style)
-    add = parser.add_argument
-    add("images", nargs="+", help="image files, and folders that are searched for them")
-    add("--model-dir", required=True, help="run folder")
-    add("--load-epoch", type=int, help="epoch of its model; default: the best one, else the last")
-    add("--backbone", default="", help="CLIP weights, if they are no longer where the run had them")
-    add("--classnames", nargs="+", help="other classes: their names, or a file with one on each line")
-    add("--root", default="", help="data root (default: the run's)")
-    add("--top", type=int, default=5, metavar="K", help="classes to name for each image (5)")
-    add("--batch-size", type=int, help="images scored at a time (default: as in the run's evaluation)")
-    add("--json", action="store_true", help="JSON lines, also on a terminal")
-    add("--out", type=Path, help="write JSON lines to this file, as they come")
-    add("--explain", type=Path, metavar="DIR|FILE", help="draw images and candidates: into a folder, or one .jpg, .png")
-    args = parser.parse_args(argv)
-    if min(args.top, 1 if args.batch_size is None else args.batch_size) < 1:
-        parser.error("--top and --batch-size must be at least 1")
+    args = parse_args(argv)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of files that are read all the same
     try:
         with ExitStack() as stack:

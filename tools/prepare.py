@@ -21,6 +21,29 @@ from textwrap import indent
 from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "datasets"
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    title, examples, _ = __doc__.split("\n\n", 2)
+    names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    style = argparse.RawDescriptionHelpFormatter
+    epilog = f"data sets: {', '.join(names)}\n\nexamples:\n{examples}"
+    parser = argparse.ArgumentParser(description=title, epilog=epilog, formatter_class=style)
+    parser.add_argument("datasets", nargs="+", metavar="DATASET", choices=[*names, "all"], help="see below")
+    parser.add_argument("--root", required=True, help="folder of the data sets")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true", help="only list what exists and what would be downloaded")
+    mode.add_argument("--check", action="store_true", help="decode every image; offline, writes nothing")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads of --check (default: cores)")
+    args = parser.parse_args(argv)
+    if args.workers < 1:
+        parser.error("--workers must be at least 1")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes in the flags end here: the imports below take seconds
 
 import fallback  # isort: skip  # noqa: F401 (makes `import dassl` work)
 from dassl.config import get_cfg_default
@@ -36,7 +59,6 @@ from toy.drawing import KINDS
 from trainers.prompting.data import read_image
 from trainers.prompting.errors import UserError
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "datasets"
 DRAWN, OWN = ("shapes", "shapes_shifted"), "folder"
 
 
@@ -116,17 +138,7 @@ def _problem(path: str) -> str:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    names = [*SOURCES, *DRAWN, OWN]
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=f"data sets: {', '.join(names)}")
-    parser.add_argument("datasets", nargs="+", metavar="DATASET", choices=[*names, "all"], help="see below")
-    parser.add_argument("--root", required=True, help="folder of the data sets")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--dry-run", action="store_true", help="only list what exists and what would be downloaded")
-    mode.add_argument("--check", action="store_true", help="decode every image; offline, writes nothing")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads of --check (default: cores)")
-    args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error("--workers must be at least 1")
+    args = parse_args(argv)
     chosen = list(dict.fromkeys(name for word in args.datasets for name in (SOURCES if word == "all" else [word])))
     root = os.path.abspath(os.path.expanduser(args.root))
     if not os.path.isdir(root):

@@ -21,7 +21,30 @@ from typing import Any, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train  # isort: skip (needs the line above; makes `import dassl` work)
+import train_flags  # isort: skip (needs the line above)
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of this program, and the words for train.py."""
+    title, examples = __doc__.split("\n\n")[:2]
+    epilog = f"examples:\n{examples}\n\nand of train.py:\n\n{train_flags.listed()}"
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=title, epilog=epilog, formatter_class=style)
+    add = parser.add_argument
+    add("--out", required=True, help="picture to write (.png, .jpg)")
+    add("--images", type=int, default=4, help="test images, one per row")
+    add("--others", type=int, default=2, help="blocks of other classes per image")
+    add("--classnames", nargs="+", default=[], help="draw the blocks of these names, without a data set")
+    ours, rest = parser.parse_known_args(argv)
+    if ours.images < 1 or ours.others < 0:
+        parser.error("--images must be at least 1, --others at least 0")
+    return ours, rest
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes in the flags end here: the imports below take seconds
+
+import train  # isort: skip (makes `import dassl` work)
 import torch
 from dassl.data.datasets import build_dataset
 from dassl.data.transforms import build_transform
@@ -69,15 +92,7 @@ def contact_sheet(cfg: Any, n_images: int, n_others: int, model_dir: str) -> lis
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Returns the exit status: 0, or 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--out", required=True, help="picture to write (.png, .jpg)")
-    add("--images", type=int, default=4, help="test images, one per row")
-    add("--others", type=int, default=2, help="blocks of other classes per image")
-    add("--classnames", nargs="+", default=[], help="draw the blocks of these names, without a data set")
-    ours, rest = parser.parse_known_args(argv)
-    if ours.images < 1 or ours.others < 0:
-        parser.error("--images must be at least 1, --others at least 0")
+    ours, rest = parse_args(argv)
     names = list(takewhile(lambda word: not re.fullmatch(r"[A-Z_]+(\.[A-Z_]+)+", word), ours.classnames))
     rest += ours.classnames[len(names) :]  # KEY VALUE pairs after the names
     try:

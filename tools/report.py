@@ -26,6 +26,29 @@ from html import escape
 from pathlib import Path
 from typing import Optional
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    title, examples, _ = __doc__.split("\n\n", 2)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=title, epilog=f"examples:\n{examples}", formatter_class=style)
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, help="folders searched for results.json")
+    add("--seeds", nargs="+", type=int, default=[], help="seeds that every cell must have; none: those of its row")
+    add("--partial", action="store_true", help="exit status 0 even if runs are missing")
+    add("--out", type=Path, default=ROOT / "output" / "report", help="folder to write to (output/report)")
+    predictions = {"type": int, "default": 6, "metavar": "N"}
+    add("--predictions", **predictions, help="test images with the predictions of one run; 0: none (6)")
+    args = parser.parse_args(argv)
+    if args.predictions < 0:
+        parser.error(f"--predictions {args.predictions}: must not be negative")
+    return args
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes in the flags end here: the imports below take seconds
+
 import numpy as np
 import pandas as pd
 from markdown_it import MarkdownIt
@@ -36,7 +59,6 @@ from tqdm import tqdm
 
 from report_data import NAME, TITLES, Report, Table, UserError, make_report, replacing
 
-ROOT = Path(__file__).resolve().parents[1]
 # A method has the same colour (Okabe and Ito's, for all kinds of colour vision) and marker in every report.
 METHODS = ("LoGoPrompt", "CoOp", "CoCoOp", "ZeroshotCLIP", "CLIPAdapter", "TipAdapterF", "ProGrad", "KgCoOp", "ProDA")
 METHODS += ("TipAdapter", "VP", "VPT", "DPT", "LinearProbe", "LoGoPrompt+Adapter", "VP+TP", "ZeroshotCLIP2")
@@ -255,17 +277,7 @@ def page(report: Report, wide: Sequence[bytes], narrow: Sequence[bytes], run: st
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Returns the exit status."""
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=style)
-    add = parser.add_argument
-    add("runs", nargs="+", type=Path, help=f"folders searched for {NAME}")
-    add("--seeds", nargs="+", type=int, default=[], help="seeds that every cell must have; none: those of its row")
-    add("--partial", action="store_true", help="exit status 0 even if runs are missing")
-    add("--out", type=Path, default=ROOT / "output" / "report", help="folder to write to")
-    add("--predictions", type=int, default=6, metavar="N", help="test images with the predictions of one run; 0: none")
-    args = parser.parse_args(argv)
-    if args.predictions < 0:
-        parser.error(f"--predictions {args.predictions}: must not be negative")
+    args = parse_args(argv)
     try:
         report = make_report(args.runs, sorted(set(args.seeds)))
         for line in (*report.gaps, *report.notes):

@@ -32,15 +32,17 @@ def arguments(
 
 
 class EpochLines(io.StringIO):
-    """Passes on one line per epoch of what a run prints."""
+    """Passes on some of the epochs of what a run prints, at most one line for each."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.terminal = sys.stdout
+        self.terminal, self.last = sys.stdout, ""
 
     def write(self, text: str) -> int:
-        if text.startswith("epoch [") and " took " in text:
-            print(f"  {text.split(', ')[0]}", file=self.terminal, flush=True)
+        epoch = text.split(" batch")[0]
+        if epoch.startswith("epoch [") and epoch != self.last:
+            print(f"  {(epoch := epoch.strip())}", file=self.terminal, flush=True)
+            self.last = epoch
         return len(text)
 
 

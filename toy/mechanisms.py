@@ -22,17 +22,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-
-from runner import ROOT, arguments, relative, run  # isort: skip (makes `import dassl` work)
-import pandas as pd
-import torch
-from tqdm import tqdm
-
-import train
-from trainers.prompting.errors import UserError
-from trainers.prompting.results import harmonic_mean, is_finished, read_results, write_text
-
 # Subset that is trained on, and what is tested: column -> (subset, data set unless it is the trained one).
 PROTOCOLS = {
     "base2new": ("base", {"base": ("base", None), "new": ("new", None)}),
@@ -45,6 +34,9 @@ METHODS = dict.fromkeys(("ProGrad", "KgCoOp", "ProDA", "CLIPAdapter", "VPT", "DP
     "TipAdapterF": 0.05,
     "VP": 200,
 }
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Row(NamedTuple):  # one setting of an experiment
@@ -104,6 +96,39 @@ def experiments(rates: Sequence[str]) -> dict[str, tuple[str, list[Row]]]:
     }
 
 
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    names = list(experiments([]))
+    title, examples = __doc__.split("\n\n")[:2]
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=title, epilog=f"examples:\n{examples}", formatter_class=style)
+    add = parser.add_argument
+    add("--output", type=Path, default=ROOT / "output" / "mechanisms", help="folder for everything")
+    add("--data", type=Path, help="data root; default: data/ in the output folder")
+    add("--dataset", default="shapes", help="file in configs/datasets, without .yaml (shapes)")
+    add("--config", default="tiny96_ep10_ctxv1", help="file in configs/trainers/<trainer>, without .yaml")
+    add("--only", nargs="+", default=names, choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    add("--rates", nargs="+", default=["0.002", "0.02", "0.2", "2.0"], help="learning rates of the experiment loss")
+    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time, with one thread each; 1: in this process")
+    add("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs that overrule the configs")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes in the flags end here: the imports below take seconds
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+from runner import arguments, relative, run  # isort: skip (makes `import dassl` work)
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+import train
+from trainers.prompting.errors import UserError
+from trainers.prompting.results import harmonic_mean, is_finished, read_results, write_text
+
+
 def measure(args: argparse.Namespace, row: Row, seed: int) -> dict[str, Any]:
     """Train a row with one seed and test it: accuracies by column. Finished runs with the same settings are reused."""
     if row.protocol == "few_shot" and "DATASET.NUM_SHOTS" not in row.opts:
@@ -124,7 +149,7 @@ def measure(args: argparse.Namespace, row: Row, seed: int) -> dict[str, Any]:
         results = read_results(path) if is_finished(path) else run([*words(path, trained), "TEST.NO_TEST", "True"])
         found["collapsed"] = results["run"]["collapsed"]
         flags += ["--model-dir", str(path)]
-    opts = ("DATASET.NUM_SHOTS", "0", "TEST.SPLIT", row.split)  # 0: all validation images, not four per class
+    opts = ("DATASET.NUM_SHOTS", "-1", "TEST.SPLIT", row.split)  # -1: all validation images, not four per class
     for column, where in tested.items():
         path = folder / f"{row.split}_{column}"
         results = read_results(path) if is_finished(path) else run([*words(path, *where, flags), *opts])
@@ -158,19 +183,7 @@ def choice(runs: pd.DataFrame) -> str:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Returns the exit status: 0, or 2 for a user's mistake."""
-    names = list(experiments([]))
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--output", type=Path, default=ROOT / "output" / "mechanisms", help="folder for everything")
-    add("--data", type=Path, help="data root; default: data/ in the output folder")
-    add("--dataset", default="shapes", help="file in configs/datasets, without .yaml (shapes)")
-    add("--config", default="tiny96_ep10_ctxv1", help="file in configs/trainers/<trainer>, without .yaml")
-    add("--only", nargs="+", default=names, choices=names, metavar="NAME", help=f"of {', '.join(names)}")
-    add("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    add("--rates", nargs="+", default=["0.002", "0.02", "0.2", "2.0"], help="learning rates of the experiment loss")
-    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time, with one thread each; 1: in this process")
-    add("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE pairs that overrule the configs")
-    args = parser.parse_args(argv)
+    args, names = parse_args(argv), list(experiments([]))
     args.output, args.data = args.output.resolve(), (args.data or args.output / "data").resolve()
     chosen = {name: experiments(args.rates)[name] for name in args.only}
     jobs = [(row._replace(label=""), seed) for _, rows in chosen.values() for row in rows for seed in args.seeds]

@@ -24,6 +24,27 @@ from typing import Optional
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+SETTINGS = {"seed": 1, "steps": 3800, "second-steps": 1000, "batch-size": 256, "drawings": 40000, "lr": 1.5e-3,
+            "second-lr": 5e-4, "warmup": 200, "weight-decay": 0.1, "workers": 2}  # fmt: skip
+
+
+def arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    title, examples = __doc__.split("\n\n")[:2]
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=title, epilog=f"examples:\n{examples}", formatter_class=style)
+    parser.add_argument("--out", default="tiny_clip.pt", help="state dict to write (default: %(default)s)")
+    for name, default in SETTINGS.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
+    parser.add_argument("--vit", action="store_true", help="train the vision transformer of tiny-vit instead")
+    parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
+    parser.add_argument("--agreeing", type=int, metavar="STEPS", help="fine-tune tiny on words that name drawings")
+    parser.add_argument("--report-only", action="store_true", help="evaluate the file --out")
+    parser.add_argument("--sheet", help="plot samples into this file and do nothing else")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    arguments()  # --help and mistakes in the flags end here: the imports below take seconds
 
 import matplotlib
 import numpy as np
@@ -57,8 +78,6 @@ FONT_FOLDER = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 FONTS = ("", *(f"DejaVuSans{v}.ttf" for v in ("", "-Bold", "-Oblique", "Mono", "Mono-Bold")), "DejaVuSerif.ttf",
          "DejaVuSerif-Bold.ttf", "STIXGeneral.ttf", "STIXGeneralBol.ttf", "cmss10.ttf", "cmtt10.ttf")  # fmt: skip
 UNSEEN_FONT = "DejaVuSerif-Italic.ttf"  # only ever read in the report
-SETTINGS = {"seed": 1, "steps": 3800, "second-steps": 1000, "batch-size": 256, "drawings": 40000, "lr": 1.5e-3,
-            "second-lr": 5e-4, "warmup": 200, "weight-decay": 0.1, "workers": 2}  # fmt: skip
 
 OBJECT, WORD, NAMED_OBJECT, LABELLED_OBJECT = range(4)  # what a sample shows
 CLASS_NAME_SHARE = 0.4  # of the words written
@@ -215,7 +234,8 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 def pretrain(args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """Train, or fine-tune ``tiny``. Returns the state dict in half precision, without BatchNorm's counters."""
-    device, mixtures = torch.device(args.device), MIXTURES
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    mixtures = MIXTURES
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     model = CLIP(EMBED_DIM, VISION, TEXT, quick_gelu=True).to(device, memory_format=torch.channels_last).train()
@@ -367,19 +387,6 @@ def sheet(path: str, seed: int, columns: int = 12) -> None:
             axis.imshow(np.asarray(image))
             axis.set(xticks=[], yticks=[], frame_on=False)
     figure.savefig(path, dpi=110)
-
-
-def arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", default="tiny_clip.pt", help="state dict to write (default: %(default)s)")
-    for name, default in SETTINGS.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
-    parser.add_argument("--vit", action="store_true", help="train the vision transformer of tiny-vit instead")
-    parser.add_argument("--agreeing", type=int, metavar="STEPS", help="fine-tune tiny on words that name drawings")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--report-only", action="store_true", help="evaluate the file --out")
-    parser.add_argument("--sheet", help="plot samples into this file and do nothing else")
-    return parser.parse_args(argv)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

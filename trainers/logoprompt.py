@@ -22,7 +22,7 @@ from .prompting.config import CONTEXT, Key, Rule, at_least, one_of, unmet, user_
 from .prompting.data import normalisation
 from .prompting.image_batch import ImageBatch
 from .prompting.method import Comparison, Method, Stage, Step, TrainingData
-from .prompting.paste import LOCATIONS, places_of
+from .prompting.paste import LOCATIONS, paste, places_of
 from .prompting.prompts import PromptLearner, TwoStagePromptLearner
 from .prompting.render import MAX_CONTRAST, VisualPrompts, blocks_of, check_font
 from .prompting.selection import LOSSES, hard_negatives, log_probabilities, min_max_loss, select, top_classes
@@ -133,6 +133,15 @@ class CustomCLIP(Method):
         places = self.places(images)
         features = images.pasted(self.visual_prompts, classes, places, store=not self.options.TUNE_VISUAL)
         return of(features, text_features).gather(2, classes.unsqueeze(2)).squeeze(2), places
+
+    def pictures(self, images: ImageBatch, label: torch.Tensor) -> Optional[torch.Tensor]:
+        """(B, 4, 3, H, W): x, then x_c with the block of its own class and of the next two."""
+        if self.options.VISUAL_PROMPT not in ("selection", "paired"):
+            return None
+        places, blocks = self.places(images), self.visual_prompts
+        classes = ((label + i) % len(blocks) for i in range(min(3, len(blocks))))
+        pictures = [images.pixels, *(paste(images.pixels, blocks[c], places) for c in classes)]
+        return torch.stack(pictures, dim=1) * self.std + self.mean
 
     # ------------------------------------------------------------------------------- 3.2.2 training
     def loss(self, images: ImageBatch, label: torch.Tensor) -> Step:

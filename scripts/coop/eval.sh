@@ -2,6 +2,7 @@
 # Evaluate the runs of scripts/coop/main.sh on ImageNet (seeds 1, 2 and 3) on another data set.
 #
 #   bash scripts/coop/eval.sh DATASET CFG [KEY VALUE …]
+#   SOURCE=shapes SHOTS=4 LOADEP= bash scripts/coop/eval.sh shapes_shifted tiny96_ep10_ctxv1      an example
 #
 # Environment: as for main.sh, plus the settings of those runs, with defaults: SOURCE (imagenet), SHOTS (16), NCTX (16),
 # CSC (False), CTP (end), and LOADEP (epoch, 50; empty: the newest).
@@ -18,3 +19,4 @@ for SEED in $SEEDS; do
     run "$OUTPUT/evaluation/$TRAINER/$SETTING/$DATASET/seed$SEED" "$DATASET" all \
         --eval-only --model-dir "$OUTPUT/$SOURCE/$TRAINER/$SETTING/seed$SEED" ${LOADEP:+--load-epoch "$LOADEP"}
 done
+work

@@ -3,6 +3,7 @@
 # visual prompts, and number of context vectors.
 #
 #   bash scripts/logo/ablation.sh DATASET [SEED] [KEY VALUE …]      without a seed: 1, 2 and 3
+#   bash scripts/logo/ablation.sh shapes 1      an example
 #
 # Environment: as for base2new.sh. The runs of a row are in $OUTPUT/ablation/<row>/. All parts of the table share the
 # row "shipped": selection, height 1/7, random place, and M = 16 with RN50.
@@ -30,3 +31,4 @@ row 4b_2_7 TRAINER.LOGOPROMPT.BLOCK_HEIGHT 0.2857142857
 for M in 2 8; do row "4c_$M" TRAINER.LOGOPROMPT.CTX_INIT "" TRAINER.LOGOPROMPT.N_CTX "$M"; done
 case $CFG in *ctxv1) row 4c_16 TRAINER.LOGOPROMPT.CTX_INIT "" TRAINER.LOGOPROMPT.N_CTX 16 ;; esac
 for PLACE in top bottom; do row "4d_$PLACE" TRAINER.LOGOPROMPT.LOCATION "$PLACE"; done
+work

@@ -2,6 +2,7 @@
 # Few-shot classification: train on 1 to 16 images of every class, evaluate on the test images.
 #
 #   bash scripts/logo/few_shot.sh DATASET [SHOTS [SEED]] [KEY VALUE …]      default: 1, 2, 4, 8, 16 shots; seeds 1, 2, 3
+#   bash scripts/logo/few_shot.sh shapes 4 1      an example
 #
 # Environment: as for base2new.sh; SHOTS may hold several numbers.
 ALL_SHOTS=${SHOTS:-1 2 4 8 16}
@@ -20,3 +21,4 @@ for SHOTS in $SHOTS; do
         learn "$OUTPUT/few_shot/$DATASET/shots_$SHOTS/$TRAINER/$CFG/seed$SEED" "$DATASET" all
     done
 done
+work

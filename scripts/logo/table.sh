@@ -2,6 +2,7 @@
 # All rows of a table of the paper, and a report with the published numbers next to ours.
 #
 #   bash scripts/logo/table.sh TABLE [DATASET [SEED]] [KEY VALUE …]      without a seed: 1, 2 and 3
+#   bash scripts/logo/table.sh 1 shapes 1      an example
 #
 # TABLE     1: base-to-new, 2: few-shot with 16 images per class, 3: domain generalization, 4: ablations,
 #           figure3: few-shot with 1 to 16 images per class
@@ -38,12 +39,15 @@ FAILED=()
 # row SCRIPT WORDS…: one row of one data set; a signal ends everything
 row() {
     local status=0
-    printf '\n== %s: %s %s\n' "$ROW" "$1" "${*:2}"
+    NUMBER=$((NUMBER + 1))
+    printf '\n== row %s of %s, %s: %s %s\n' "$NUMBER" "$TOTAL" "$ROW" "$1" "${*:2}"
     bash "$SCRIPTS/$1" "${@:2}" ${SEED:+"$SEED"} ${OVERRIDES[@]+"${OVERRIDES[@]}"} || status=$?
     if [ "$status" -ge 128 ]; then exit "$status"; fi
     if [ "$status" -ne 0 ]; then FAILED+=("$ROW: $1 ${*:2}"); fi
 }
 
+NUMBER=0 TOTAL=$(($(wc -w <<< "$DATASETS") * $(wc -w <<< "$ROWS")))
+trap 'echo "Interrupted in row $NUMBER of $TOTAL. The same command continues." >&2; exit 130' INT
 RUNS=$OUTPUT/table$TABLE # of rows that differ in a key have folders of their own
 for NAME in $DATASETS; do
     for ROW in $ROWS; do

@@ -255,5 +255,5 @@ def _openai_file(name: str) -> str:
 
         return download_pretrained_from_url(get_pretrained_url(OPENAI_MODELS[name][0], "openai"), cache_dir=folder)
     except (OSError, RuntimeError, ImportError) as error:
-        remedy = f"put OpenAI's file into {folder} or give the path of a file"
+        remedy = f"put OpenAI's file into {folder}, or name another file: --backbone FILE, BACKBONE=FILE of a script"
         raise name_error(name, f"the weights cannot be downloaded ({on_one_line(error)}); {remedy}") from error

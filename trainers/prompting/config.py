@@ -87,7 +87,8 @@ SHARED_KEYS = {
 
 # Dassl's own keys: yacs checks the types, torch and Dassl most values. These would make results wrong without a word.
 DASSL_RULES = {
-    **dict.fromkeys(("SEED", "DATASET.NUM_SHOTS", "OPTIM.WARMUP_EPOCH", "TRAIN.CHECKPOINT_FREQ"), at_least(-1)),
+    **dict.fromkeys(("SEED", "OPTIM.WARMUP_EPOCH", "TRAIN.CHECKPOINT_FREQ"), at_least(-1)),
+    "DATASET.NUM_SHOTS": Rule("must be at least 1, or -1 for all training images", lambda n: n >= 1 or n == -1),
     **dict.fromkeys(("DATALOADER.NUM_WORKERS", "OPTIM.LR", "OPTIM.WEIGHT_DECAY"), at_least(0)),
     **dict.fromkeys(("OPTIM.WARMUP_CONS_LR", "OPTIM.WARMUP_MIN_LR"), at_least(0)),
     **dict.fromkeys(("OPTIM.MAX_EPOCH", "TRAIN.PRINT_FREQ"), at_least(1)),

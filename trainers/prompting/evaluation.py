@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -29,6 +30,7 @@ from .names import relative_path
 
 THREADS = min(8, os.cpu_count() or 1)  # decode images of which a store lacks something
 CHUNK = 4096  # predictions
+MIN_IMAGES = 20  # of fewer, an accuracy tells little
 Batch = tuple[ImageBatch, torch.Tensor]  # images and their labels, (B,)
 
 
@@ -75,11 +77,13 @@ def evaluate(method: Method, batches: Iterable[Batch], evaluator: Any, split: st
     if len(rises):
         true, wrong = rises.mean(dim=0).tolist()
         evaluation.extra_metrics |= {"log_odds_rise_true": true, "log_odds_rise_wrong": wrong}
-    warning = ""
+    warning, cause = "", "nothing was learned, or training collapsed"
     if num_classes == 1:
         warning = "there is one class to choose from, so every prediction is correct"
     elif len(label.unique()) > 1 and len(predicted.unique()) == 1:
-        warning = "every image is predicted to be of the same class: nothing was learned, or training collapsed"
+        warning = f"every image is predicted to be of the same class: {cause}"
+    elif at_chance(metrics.get("accuracy", 100.0), len(predicted), num_classes):
+        warning = f"the accuracy is that of guessing (chance is {100 / num_classes:.1f} %): {cause}"
     if warning:
         print(f"WARNING: {warning}")
         evaluation.warnings.append(warning)
@@ -97,6 +101,13 @@ def log_odds_rises(found: Comparison, label: torch.Tensor) -> torch.Tensor:
     both = right.any(dim=1) & ~right.all(dim=1)
     first = [mask[both].long().argmax(dim=1, keepdim=True) for mask in (right, ~right)]  # most probable first
     return torch.cat([(after - before)[both].gather(1, column) for column in first], dim=1)
+
+
+def at_chance(accuracy: float, images: int, num_classes: int) -> bool:
+    """Whether an accuracy, in percent, is at most one standard error above chance, on more than 20 images."""
+    chance = 1 / num_classes
+    error = math.sqrt(chance * (1 - chance) / max(images, 1))
+    return images > MIN_IMAGES and accuracy / 100 <= chance + error
 
 
 def check_scores(scores: torch.Tensor, paths: Sequence[str], what: str = "scores") -> None:

@@ -38,18 +38,28 @@ class StageSchedule:
         spans = [(stage, end) for stage, end in zip(self.stages, ends) if stage.epochs > 0]
         self._by_first_epoch = {end - stage.epochs: stage for stage, end in spans}
         self._by_end = {end: stage for stage, end in spans}
-        self.warnings = [
-            f"stage {i} has {stage.epochs} epoch{'s' * (stage.epochs > 1)}, all warm-up: it hardly learns. Raise "
-            "OPTIM.MAX_EPOCH or lower OPTIM.WARMUP_EPOCH"
-            for i, stage in enumerate(self.stages, start=1)
-            if 0 < stage.epochs <= self.optim_cfg.WARMUP_EPOCH
-        ]
+        warmup = self.optim_cfg.WARMUP_EPOCH
+        cold = [n for n, stage in enumerate(self.stages, start=1) if 0 < stage.epochs <= warmup]
+        self.warnings = [self._only_warmup(cold)] if cold else []
+
+    def _only_warmup(self, cold: Sequence[int]) -> str:
+        """The warning of stages, counted from 1, whose epochs are all warm-up."""
+        trained, warmup = len(self._by_end), self.optim_cfg.WARMUP_EPOCH
+        which = "all epochs are" if len(cold) == trained else f"stage {' and '.join(map(str, cold))} is"
+        remedy = f"until every stage has more than {warmup}" if len(self.stages) > 1 else f"above {warmup}"
+        return (
+            f"{which} warm-up, which teaches next to nothing: raise OPTIM.MAX_EPOCH {remedy}, or lower "
+            f"OPTIM.WARMUP_EPOCH ({warmup})"
+        )
 
     def before_epoch(self, epoch: int) -> None:
         """Begin the stage whose first epoch this is."""
         for warning in self.warnings if epoch == 0 else ():
             print(f"WARNING: {warning}")
         if stage := self._by_first_epoch.get(epoch):
+            if (total := len(self._by_first_epoch)) > 1:
+                number, last = sorted(self._by_first_epoch).index(epoch) + 1, epoch + stage.epochs
+                print(f"Stage {number} of {total}: epochs {epoch + 1} to {last}, learning rate {stage.lr:g}")
             self._start(stage)
             stage.begin(self.data)
 

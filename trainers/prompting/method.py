@@ -192,6 +192,10 @@ class Method(nn.Module):
         """(B, C) scores, whose argmax is the prediction; by default scaled cosine similarities (Eq. 1)."""
         return self.backbone.logits(images.features(), text_features)
 
+    def pictures(self, images: ImageBatch, label: torch.Tensor) -> Optional[torch.Tensor]:
+        """(B, N, 3, H, W) in [0, 1]: what the method makes of B images, for TensorBoard; None: nothing to see."""
+        return None
+
     def compare(self, images: ImageBatch, text_features: Optional[torch.Tensor]) -> Comparison:
         """Scores with what they are based on, for metrics and explanations."""
         scores = self.score(images, text_features)

@@ -25,6 +25,7 @@ from . import distributed
 from .backbone import Backbone, check_name, load_clip, preprocessing
 from .checkpoint import BEST, PROMPT_LEARNER, Checkpointer
 from .config import DASSL_RULES, SHARED_KEYS, lost_overrides, rules_of, user_error_messages, violations
+from .curves import Curves, describe
 from .dassl_compat import build_optimizer, dassl_errors, grad_scaler, patch_dassl_warmup
 from .data import ImageDataset, drawn_items, handle_last_batch, index_loader, ordered_loader, training_loader
 from .distributed import ProcessLost
@@ -89,6 +90,7 @@ class PromptTrainer(TrainerX):
         self.model = self.method_class(cfg, self.classnames, self.backbone).to(self.device)
         self.source = ImageSource(cfg, self.backbone, self.device, f"{prec}{', compiled' * cfg.TRAIN.COMPILE}")
         self.data = FewShotFeatures(self.dm.dataset, cfg.DATASET.NAME, self._ordered_loader, self._encode)
+        self.curves = Curves(cfg.OUTPUT_DIR)
         self.guard, self.timer, self.monitor = FiniteGuard(), EpochTimer(), CollapseMonitor(self.num_classes)
         if views := self.method_class.views(cfg):
             transform, room = build_transform(cfg, is_train=True), cfg.TRAIN.DECODED_GB * 2**30
@@ -138,6 +140,9 @@ class PromptTrainer(TrainerX):
     def before_train(self) -> None:
         super().before_train()
         self._write_config()
+        self.curves.resume(self.start_epoch)
+        if self._writer is not None and not self.fits and self.start_epoch == 0:
+            describe(self._writer, self.cfg, self.model, self.dm.dataset.test)
         if isinstance(data := self.train_loader_x.dataset, ImageDataset):
             data.decode(self.cfg.TRAIN.DECODED_GB * 2**30 / distributed.processes())
 
@@ -155,6 +160,7 @@ class PromptTrainer(TrainerX):
             self.monitor.after_step(self.model.fit(self.data), len(self.dm.dataset.train_x))
         else:
             super().run_epoch()
+            self.update_lr()  # not in the last step, where CoOp has it: Dassl prints the learning rate after the step
         self.timer.after_epoch(self._position())
 
     def after_epoch(self) -> None:
@@ -164,6 +170,8 @@ class PromptTrainer(TrainerX):
             self.sched.after_epoch(self.epoch)
         distributed.copy_from_main(self.model.learned)
         super().after_epoch()
+        if distributed.is_main():
+            self.curves.after_epoch()
         self.checkpointer.after_epoch(self.epoch, self.best_result)
 
     def after_train(self) -> None:
@@ -185,11 +193,11 @@ class PromptTrainer(TrainerX):
             self.model.after_step()
             accuracy = log.pop("accuracy").item()
             self.monitor.after_step(accuracy, share.total)
-            if self.batch_idx + 1 == self.num_batches:
-                self.update_lr()
             for name, value in {**(losses if len(losses) > 1 else {}), **log}.items():
                 self.write_scalar(f"train/{name}", value.item(), self.epoch * self.num_batches + self.batch_idx)
-            return {"loss": sum(losses.values()).item(), "acc": accuracy}
+            summary = {"loss": sum(losses.values()).item(), "acc": accuracy}
+            self.curves.before_write(summary)
+            return summary
 
     def _images(self, batch: dict[str, Any]) -> tuple[ImageBatch, torch.Tensor, distributed.Share]:
         """This process's images of a batch with their labels, and which part of the batch they are."""
@@ -213,6 +221,12 @@ class PromptTrainer(TrainerX):
             self.scaler.step(self.optim)  # skipped when gradients overflow; then the scale is halved
             self.scaler.update()
             self.guard.check_scale(self.scaler.get_scale())
+
+    def write_scalar(self, tag: str, scalar_value: float, global_step: Optional[int] = None) -> None:
+        """Dassl's hook; of a step's loss and accuracy, the step's own values instead of Dassl's running means."""
+        if self._writer is not None:
+            value = self.curves.add(tag, scalar_value, global_step, self.epoch + 1)
+            super().write_scalar(tag, value, global_step)
 
     def _position(self) -> str:
         return f"epoch [{self.epoch + 1}/{self.max_epoch}]"
@@ -406,4 +420,5 @@ def write_run_results(trainer: PromptTrainer) -> None:
         f"{run['trainer']} on {run['dataset']}, {run['subsample_classes']} classes, {described(run)}: "
         f"{'not tested' if accuracy is None else f'accuracy {accuracy:.2f} %'} "
         f"({results['images']:,} images). Results: {path}"
+        f"{''.join(f'. WARNING: {line}' for line in results['warnings'])}"
     )
