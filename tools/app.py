@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import os
-import re
 import shutil
 import signal
 import sys
@@ -20,9 +19,27 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    title, examples = __doc__.split("\n\n")[:2]
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=title, epilog=f"examples:\n{examples}", formatter_class=style)
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on; others than 127.0.0.1 let other machines in")
+    add("--port", type=int, default=7860, help="of the page; 0: any that is free (7860)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and mistakes in the flags end here: the imports below take seconds
+    if find_spec("gradio") is None:
+        print("error: gradio is not installed: use make app, or install requirements-app.txt", file=sys.stderr)
+        sys.exit(2)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -57,23 +74,12 @@ LOCK = threading.Lock()  # one model at a time: the cores are shared, and stdout
 
 
 # ------------------------------------------------------------------------------------------------- what the user gave
-def sources(files: Any) -> list[Source]:
-    """Uploaded files under their own names, which decide where blocks are pasted, as in ``tools/predict.py``."""
-    return [Source(f.path, os.path.basename(f.orig_name or f.path)) for f in (files.root if files else ())]
-
-
 def images_of(images: Optional[Sequence[Source]]) -> Sequence[Source]:
     if not images:
         raise UserError("Drop in at least one image.")
     if len(images) > MAX_IMAGES:
         raise UserError(f"{len(images)} images are too many for this page: at most {MAX_IMAGES} at once.")
     return images
-
-
-def names_of(text: Optional[str]) -> list[str]:
-    """Class names, one a line or separated by commas, without repetitions."""
-    names = (" ".join(name.split()) for name in re.split(r"[\n,;]", text or ""))
-    return list({clean_name(name): name for name in names if name}.values())
 
 
 def classes_of(boxes: Sequence[Any]) -> tuple[dict[str, list[Source]], list[str]]:
@@ -131,7 +137,7 @@ def see(
     """Blocks V_c, and the candidates of each image."""
     images, location = images_of(images), "random" if place == BY_HAND else place
     options = {"BLOCK_HEIGHT": height / 14, "LOCATION": location, "VISUAL_SEED": int(seed or 0), "FONT": font or ""}
-    predictor = logoprompt_of(model, names_of(names), K=int(k), **options)
+    predictor = logoprompt_of(model, work.names_of(names), K=int(k), **options)
     options, method = predictor.cfg.TRAINER.LOGOPROMPT, predictor.trainer.model
     size, names = predictor.trainer.backbone.input_resolution, predictor.classnames
     if place == BY_HAND:
@@ -155,7 +161,7 @@ def why(model: str, further: str, *boxes: Any) -> str:
     import figure1  # after main() has chosen a folder for matplotlib's cache
 
     classes, faults = classes_of(boxes)
-    predictor = logoprompt_of(model, list(dict.fromkeys([*classes, *map(clean_name, names_of(further))])))
+    predictor = logoprompt_of(model, list(dict.fromkeys([*classes, *map(clean_name, work.names_of(further))])))
     trainer, batches = predictor.trainer, []
     items = [(source, predictor.classnames.index(name)) for name, group in classes.items() for source in group]
     for chunk in (items[i : i + 50] for i in range(0, len(items), 50)):
@@ -172,7 +178,7 @@ def why(model: str, further: str, *boxes: Any) -> str:
 @guarded(3)
 def classify(images: Any, model: str, names: str) -> tuple[Any, ...]:
     """A table of predictions, and the files to download."""
-    predictor, results, rows, same = predictor_of(model, names_of(names)), [], [], []
+    predictor, results, rows, same = predictor_of(model, work.names_of(names)), [], [], []
     for found in predictor.explain(images_of(images)):
         prediction, result = found.prediction, {"path": found.prediction.relative}
         if prediction.error:
@@ -232,7 +238,7 @@ def stop(request: gr.Request) -> None:
 # ------------------------------------------------------------------------------------------------- the page
 def image_field(**options: Any) -> gr.File:
     field = gr.File(**{"label": "Images", "file_count": "multiple", "height": 190, **options})
-    field.preprocess = sources  # the names that the files have on the user's disk
+    field.preprocess = work.sources  # the names that the files have on the user's disk
     return field
 
 
@@ -323,11 +329,7 @@ def build() -> gr.Blocks:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on; others than 127.0.0.1 let other machines in")
-    add("--port", type=int, default=7860, help="of the page; 0: any that is free")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     if args.host not in ("127.0.0.1", "localhost", "::1"):
         print("WARNING: whoever reaches this address can use the page and name files of this machine", file=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

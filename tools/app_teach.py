@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import io
+import os
 import re
 import signal
 import subprocess
@@ -27,6 +28,17 @@ from trainers.prompting.names import clean_name
 ROOT = Path(train.__file__).resolve().parent
 EXAMPLES = ("bell", "fish", "star", "house", "key", "apple")  # classes of the embedded world
 LINES = 20  # of a run's output that are searched for an error
+
+
+def sources(files: Any) -> list[Source]:
+    """Uploaded files under their own names, which decide where blocks are pasted, as in ``tools/predict.py``."""
+    return [Source(f.path, os.path.basename(f.orig_name or f.path)) for f in (files.root if files else ())]
+
+
+def names_of(text: Optional[str]) -> list[str]:
+    """Class names, one a line or separated by commas, without repetitions."""
+    names = (" ".join(name.split()) for name in re.split(r"[\n,;]", text or ""))
+    return list({clean_name(name): name for name in names if name}.values())
 
 
 def read_classes(
