@@ -84,7 +84,7 @@ class Place:
         """Everything that a finished run leaves."""
         assert not [path for path in self.out.rglob("*") if path.name.endswith(".tmp")]
         assert (self.checkpoints / "checkpoint").read_text() == f"model.pth.tar-{EPOCHS}\n"
-        results = (self.out / "results.json").read_text().replace(str(self.out), "")
+        results = (self.out / "results.json").read_text().replace(str(self.folder), "")
         results = re.sub(r'"seconds": [\d.]+', "", results)
         found = {"predictions": report["predictions"], "results": results}
         for path in [self.checkpoints / f"model.pth.tar-{EPOCHS}", *self.checkpoints.glob("model-best.pth.tar")]:
