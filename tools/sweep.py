@@ -38,8 +38,21 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from sweep_jobs import PRESETS, ROOT, SETTINGS, Job, UserError, epoch, is_finished, last_line, make_jobs, run_job
+from sweep_jobs import (
+    ERRORS,
+    PRESETS,
+    ROOT,
+    SETTINGS,
+    Job,
+    UserError,
+    epoch,
+    is_finished,
+    last_line,
+    make_jobs,
+    run_job,
+)
 from trainers.prompting.backbone import keep_backbone
+from trainers.prompting.errors import messages
 from trainers.prompting.run_folder import Stopped, stoppable
 
 RETRIES = 2  # of a run that died
@@ -168,6 +181,8 @@ class Sweep:
         ready = [job for job in self.waiting.values() if self.done.issuperset(job.needs)]
         if ready := ready[: max(0, self.executor.room())]:
             self._moved(ready)
+            for job in ready:
+                Path(job.folder, ERRORS).unlink(missing_ok=True)  # of an earlier attempt
             self.executor.start(ready)
         for ended in self.executor.poll() if self.running else ():
             self._ended(*ended)
@@ -375,12 +390,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         command = shlex.join([sys.executable, os.path.abspath(__file__), *argv])
         print(f"stopped by {stop.signal}: {became}; to continue, in {here}: {command}", file=sys.stderr)
         raise
-    except (UserError, OSError) as error:  # Timeout is an OSError
-        busy = UserError(f"{args.output}: another sweep is running there; wait for its end or set --output")
-        error = busy if isinstance(error, Timeout) else error
-        for line in error.args if isinstance(error, UserError) else [error]:
-            print(f"error: {line}", file=sys.stderr)
-        return 2
+    except Timeout:
+        print(
+            f"error: {args.output}: another sweep is running there; wait for its end or set --output", file=sys.stderr
+        )
+    except (UserError, OSError) as error:
+        print(*(f"error: {line}" for line in messages(error)), sep="\n", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

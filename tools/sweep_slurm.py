@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Optional
 
-from sweep_jobs import Job, UserError, run_job, write_text
+from sweep_jobs import Job, UserError, is_finished, run_job, write_text
 
 try:
     import submitit
@@ -73,7 +73,7 @@ class Slurm:
         self.options = {names.get(name, name): value for name, value in options.items() if value}
         self.options["additional_parameters"] = {"requeue": True, **dict(word.split("=", 1) for word in more)}
         self.count, self.folder, self.file = args.jobs or 100, os.path.join(state, "slurm"), Path(state, "slurm.json")
-        self.submitted: dict[str, list[str]] = {}  # folders of the runs of every array
+        self.submitted: dict[str, list[str]] = {}  # folders of the runs of every array; empty once a job has ended
         self.running: dict[Place, Job] = {}
         self.absent: dict[Place, int] = {}  # answers in a row
         self.refused: dict[str, str] = {}  # what sbatch said
@@ -87,9 +87,13 @@ class Slurm:
         with contextlib.suppress(FileNotFoundError):
             self.submitted = json.loads(self.file.read_text(encoding="utf-8"))
         for name, folders in self.submitted.items():
-            for place, folder in zip(((name, i) for i in range(len(folders))), folders):
-                if folder in by_folder and not self._status(place).exists():
+            for place in ((name, i) for i, folder in enumerate(folders) if folder):
+                folder = folders[place[1]]
+                if self._status(place).exists() or is_finished(folder):
+                    folders[place[1]] = ""
+                elif folder in by_folder:  # else of another sweep
                     self.running[place] = by_folder[folder]
+        self._write()
         return list(self.running.values())
 
     def start(self, jobs: Sequence[Job]) -> None:
@@ -122,8 +126,7 @@ class Slurm:
                 status = self._status(place)
                 code = int(status.read_text()) if status.exists() else None
                 ended.append((job, code, self.refused.get(place[0], "its Slurm job ended early")))
-                if not any(name == place[0] for name, _ in self.running):
-                    del self.submitted[place[0]]
+                self.submitted[place[0]][place[1]] = ""  # a new attempt is in another array
         if ended:
             self._write()
         return ended
@@ -141,6 +144,7 @@ class Slurm:
         return Path(self.folder, f"{place[0]}-{place[1]}.status")
 
     def _write(self) -> None:
+        self.submitted = {name: folders for name, folders in self.submitted.items() if any(folders)}
         write_text(str(self.file), json.dumps(self.submitted))
 
     def stop(self) -> str:
