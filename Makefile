@@ -5,11 +5,12 @@
 # make mutants  mutation testing: change the arithmetic of the method and count the changes that the tests notice
 # make lint     check style with ruff
 # make format   fix style with ruff
+# make install-cluster  what sweeps on Slurm need
 PYTHON ?= python3
 VENV ?= .venv
 STAMP = $(VENV)/.installed
 
-.PHONY: test mutants soak demo install lint format
+.PHONY: test mutants soak demo install install-cluster lint format
 
 test: install
 	$(VENV)/bin/python -m pytest --cov
@@ -38,6 +39,12 @@ $(STAMP): requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+install-cluster: $(VENV)/.cluster
+
+$(VENV)/.cluster: $(STAMP) requirements-cluster.txt
+	$(VENV)/bin/python -m pip install --quiet -r requirements-cluster.txt
 	touch $@
 
 lint: install
