@@ -338,7 +338,7 @@ def read_yaml(path: str, names: Sequence[str]) -> tuple[list[str], list[str]]:
         known = ", ".join([*names[1:], "overrides"])
         raise UserError(*(f"{path}: unknown name {name}: choose one of {known}" for name in unknown))
     flags = [str(content.pop("setting", ""))]
-    for name, value in content.items():
+    for name, value in ((name, value) for name, value in content.items() if value is not None):
         values = value if isinstance(value, list) else str(value).split() if name in LISTS else [value]
         flags += [f"--{name}", *map(str, values)]
     return flags, [str(word) for pair in overrides for word in pair]
