@@ -105,7 +105,8 @@ class Slurm:
         self._write()
         path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
         executor = submitit.SlurmExecutor(self.folder, max_num_timeout=1000)
-        setup = [f"export PYTHONPATH={shlex.quote(path)} OMP_NUM_THREADS=${{OMP_NUM_THREADS:-${{SLURM_CPUS_PER_TASK:-1}}}}"]
+        threads = "OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
+        setup = [f"export PYTHONPATH={shlex.quote(path)} {threads}"]
         executor.update_parameters(job_name=name, array_parallelism=self.count, setup=setup, **self.options)
         try:
             with executor.batch():
