@@ -1,5 +1,6 @@
 # make install  set up .venv; the other targets do this first
 # make demo     train and compare methods on the toy world, in minutes
+# make app      try the method in a browser: installs gradio into .venv and starts a page on this machine
 # make test     run the tests and report line coverage
 # make soak     kill runs at every possible moment; half an hour
 # make mutants  mutation testing: change the arithmetic of the method and count the changes that the tests notice
@@ -10,7 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 STAMP = $(VENV)/.installed
 
-.PHONY: test mutants soak demo install install-cluster lint format
+.PHONY: test mutants soak demo app install install-cluster lint format
 
 test: install
 	$(VENV)/bin/python -m pytest --cov
@@ -31,6 +32,14 @@ soak: install
 
 demo: install
 	$(VENV)/bin/python toy/demo.py
+
+app: $(VENV)/.app
+	$(VENV)/bin/python tools/app.py
+
+$(VENV)/.app: $(STAMP) requirements-app.txt
+	$(VENV)/bin/python -c 'import sys; assert sys.version_info >= (3, 10), "gradio requires Python 3.10 or newer"'
+	$(VENV)/bin/python -m pip install --quiet -r requirements-app.txt
+	touch $@
 
 install: $(STAMP)
 

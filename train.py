@@ -36,6 +36,7 @@ from yacs.config import CfgNode as CN
 import datasets
 import trainers
 from fallback.dassl.utils import setup_logger  # Dassl's own buffers the log and fails at exit where the disk is full
+from trainers.prompting import distributed
 from trainers.prompting.errors import UserError, messages
 from trainers.prompting.names import flat_config
 from trainers.prompting.run_folder import locked
@@ -182,11 +183,13 @@ def run(args: argparse.Namespace) -> None:
     cfg = setup_cfg(args)
     if not args.output_dir and "OUTPUT_DIR" not in args.opts[::2]:
         raise UserError("--output-dir is missing: name a folder for this run")
+    distributed.start(cfg.USE_CUDA)
     with locked(cfg.OUTPUT_DIR):
         if cfg.SEED >= 0:
             print(f"Setting fixed seed: {cfg.SEED}")
             set_random_seed(cfg.SEED)
-        setup_logger(cfg.OUTPUT_DIR)
+        if distributed.is_main():
+            setup_logger(cfg.OUTPUT_DIR)
         if torch.cuda.is_available() and cfg.USE_CUDA:
             torch.backends.cudnn.benchmark = True
         print("***************\n** Arguments **\n***************")
@@ -197,6 +200,7 @@ def run(args: argparse.Namespace) -> None:
             trainer = build_trainer(cfg)
         except ValueError as error:  # Dassl's exception for unknown options (optimizer, transform, sampler, …)
             raise UserError(" ".join(str(error).split())) from error
+        trainer.words = ["--config-file", args.config_file, *args.opts]
         if args.eval_only:
             trainer.load_model(args.model_dir, epoch=args.load_epoch)
             trainer.test()
@@ -242,7 +246,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except Exception as error:
         if (lines := messages(error)) is None:
             raise
-        print(*(f"error: {line}" for line in lines), sep="\n", file=sys.stderr)
+        if distributed.claim("message"):
+            print(*(f"error: {line}" for line in lines), sep="\n", file=sys.stderr)
         return 2
 
 

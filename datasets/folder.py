@@ -120,5 +120,6 @@ class Folder(FewShotDataset):
 
 
 def extend_cfg(cfg: Any) -> None:
-    """Add the config key of this data set."""
+    """Add the config keys of this data set."""
+    cfg.DATASET.TITLE = ""  # its name in reports; empty: the name of the data root
     cfg.DATASET.SPLIT_SEED = 1  # selects the split of a folder without train/, val/ and test/

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests" / "soak")]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threads would wait for each other
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # only on a CPU do runs repeat to the bit, and fp32 is the default
 
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402

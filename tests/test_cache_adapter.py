@@ -36,6 +36,16 @@ def test_cache_equals_loop():
             assert added[i, j].tolist() == pytest.approx(naive_cache(adapter, features[i, j].tolist(), 3), rel=1e-9)
 
 
+def test_mixed_precision_leaves_the_cache_in_its_own(capsys):
+    adapter = filled().float()
+    features, label = normalize(torch.randn(5, 6), dim=-1), torch.arange(5) % 3
+    expected = adapter(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(adapter(features), expected)
+        adapter.search(features, torch.zeros(5, 3).bfloat16(), label)
+    assert "Adapter: alpha" in capsys.readouterr().out
+
+
 def test_empty_cache_adds_nothing(rn_file):
     model, plain = build(rn_file, ADAPTER=True), build(rn_file)
     features = normalize(torch.randn(5, 24).double(), dim=-1)

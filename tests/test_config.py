@@ -13,7 +13,7 @@ from tiny import arguments
 import train
 from trainers.prompting.config import DASSL_RULES, SHARED_KEYS, lost_overrides, violation
 from trainers.prompting.errors import UserError
-from trainers.prompting.names import flat_config
+from trainers.prompting.names import command_settings, flat_config
 from trainers.prompting.trainer import PromptTrainer
 
 KINDS = {name: TRAINER_REGISTRY.get(name) for name in TRAINER_REGISTRY.registered_names()}
@@ -281,3 +281,14 @@ def test_numbers_of_the_command_that_a_code_base_changes_are_named():
     assert list(lost_overrides(words, cfg)) == [expected]
     assert list(lost_overrides([*words, "OPTIM.MAX_EPOCH", "50"], cfg)) == []  # the last counts
     assert list(lost_overrides([*words[:-4], "OUTPUT_DIR", "7", "OPTIM.NAME", "adam"], cfg)) == []
+
+
+def test_overrides_are_the_pairs_that_differ_from_the_config_file(tmp_path):
+    cfg = get_cfg_default()
+    cfg.OPTIM.LR, cfg.OPTIM.MAX_EPOCH, cfg.INPUT.SIZE, cfg.SEED = 0.002, 5, (96, 96), 3
+    (file := tmp_path / "x.yaml").write_text("INPUT:\n  SIZE: (96, 96)\nOPTIM:\n  LR: 2e-3\n  MAX_EPOCH: 10\n")
+    pairs = ["INPUT.SIZE", "(96, 96)", "OPTIM.LR", "0.002", "OPTIM.MAX_EPOCH", "5", "SEED", "3"]
+    expected = {"config_file": str(file), "overrides": {"OPTIM.MAX_EPOCH": 5, "SEED": 3}}
+    assert command_settings(["train.py", "--config-file", str(file), *pairs], cfg) == expected
+    assert command_settings([f"--config-file={file}", *pairs], cfg) == expected
+    assert command_settings(["--eval-only"], cfg) == {"config_file": "", "overrides": {}}

@@ -12,15 +12,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
 
-from trainers.prompting.data import (
-    ImageDataset,
-    decoded_size,
-    index_loader,
-    random_states,
-    read_image,
-    seeded,
-    set_random_states,
-)
+from trainers.prompting.data import ImageDataset, decoded_size, index_loader, read_image
+from trainers.prompting.random_states import random_states, seeded, set_random_states
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 COLOURS = np.stack([RAMP, RAMP[::-1], RAMP.T], axis=-1)

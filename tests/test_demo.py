@@ -39,9 +39,9 @@ def test_table_holds_what_the_runs_measured(output):
 def test_sheet_shows_explanations(output):
     sheet = np.asarray(Image.open(output / "class_conditional.png"))
     assert sheet.shape[0] % demo.ROWS == 0
-    for row in np.split(sheet, demo.ROWS):  # a green frame in every row, right of the image itself
-        green = (np.abs(row.astype(int) - [0x1A, 0x7F, 0x37]) < 6).all(axis=-1).sum(axis=0) > 100
-        assert green.any() and green.argmax() > sheet.shape[1] // 8
+    for row in np.split(sheet, demo.ROWS):  # a frame in every row, right of the image itself
+        frame = (np.abs(row.astype(int) - [0x1F, 0x29, 0x33]) < 6).all(axis=-1).sum(axis=0) > 100
+        assert frame.any() and frame.argmax() > sheet.shape[1] // 8
 
 
 def test_mistakes_end_in_one_line(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """tools/figure1.py: its numbers against one image at a time, its picture against its numbers."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -48,7 +50,29 @@ def test_scores_equal_those_of_one_image_at_a_time(words, data_root):
     assert (values["class of other"] != values["label"]).all()
 
     feature = backbone.encode_image((render_blocks([NAMES[2]], 64, 64) - model.mean) / model.std)
-    assert values["name"][2].item() == pytest.approx(torch.cosine_similarity(feature, texts[2:3]).item(), abs=1e-5)
+    expected = torch.cosine_similarity(feature, texts).tolist()
+    assert values["names"][2].tolist() == pytest.approx(expected, abs=1e-5)
+    rises = [[], []]
+    for n in range(len(items)):
+        for found, block in zip(rises, ("true", "hard")):
+            c = int(values[f"class of {block}"][n])
+            odds = [p / (1 - p) for p in (values[key][n, c].clamp(1e-6, 1 - 1e-6).item() for key in ("none", block))]
+            found.append(math.log(odds[1] / odds[0]))
+    torch.testing.assert_close(figure1.log_odds_rises(values), torch.tensor(rises).double(), atol=1e-3, rtol=1e-3)
+    mean = [f"{sum(found) / len(found):+.2f}" for found in rises]
+    assert all(number in figure1.verdicts(values)[1] for number in mean)
+
+
+def test_verdicts():
+    """A backbone that reads, and blocks of true classes that turn wrong predictions right."""
+    n = 30
+    p = torch.full((n, 2), 0.5) + torch.tensor([-0.1, 0.1])
+    values = {"label": torch.zeros(n, dtype=torch.long), "names": torch.eye(2), "none": p, "hard": p}
+    values |= {"true": p.flip(1), "class of true": values["label"], "class of hard": values["label"] + 1}
+    reads, rises, accuracies = figure1.verdicts(values)
+    assert "backbone reads" in reads and "100 %" in reads and "50.0 %" in reads
+    assert "by +0.81" in rises and "by +0.00" in rises and "can correct" in rises
+    assert [word for word in accuracies.split() if word[0].isdigit()] == ["0.0", "0.0"]
 
 
 def test_command(words, tmp_path, capsys):
@@ -56,7 +80,8 @@ def test_command(words, tmp_path, capsys):
     assert figure1.main(["--out", str(out), *words]) == 0
     printed = capsys.readouterr().out
     assert "of the 32 test images" in printed and printed.splitlines()[-1] == str(out)
-    rows = {line.split()[1]: [float(word) for word in line.split()[3:-1:2]] for line in printed.splitlines()[-5:-1]}
+    table = [line for line in printed.splitlines() if line.startswith("| ")][1:]
+    rows = {line.split()[1]: [float(word) for word in line.split()[3:-1:2]] for line in table}
     assert list(rows) == ["none", "true", "hard", "other"] and rows["none"][1] == 0
     assert all(0 <= p <= 1 and 0 <= raised <= 100 for p, raised, _ in rows.values())
     reds = (np.abs(np.asarray(Image.open(out).convert("RGB"), dtype=int) - [0xD1, 0x49, 0x5B]) < 12).all(-1)

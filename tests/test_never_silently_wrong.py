@@ -236,7 +236,7 @@ class Constant:
     """A method that predicts one class, whatever the image."""
 
     def __init__(self, n_classes):
-        self.n_classes = n_classes
+        self.n_classes, self.classnames = n_classes, [""] * n_classes
 
     def text_features(self):
         return None

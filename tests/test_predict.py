@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from trainers.prompting import evaluation
 from trainers.prompting.data import read_image
 from trainers.prompting.errors import UserError
 from trainers.prompting.paste import places_of, uniform_of_paths
+from trainers.prompting.text_encoder import encode_texts
 
 BASE, NEW = NAMES[:4], NAMES[4:]
 METHOD = "TRAINER.LOGOPROMPT."
@@ -308,7 +310,7 @@ def test_json_lines(command, predictor, runs, odd, tmp_path):
     assert errors[-2] == f"{len(BROKEN)} of {len(lines)} failed" and "2 files in folders were skipped" in errors[-1]
     out = tmp_path / "out.jsonl"
     words = (odd / "grey.png", odd / "cmyk.jpg", "--model-dir", folder, "--out", out, "--top", 2)
-    assert command(*words) == (0, [], [])
+    assert command(*words) == (0, [], [f"{out}: 2 lines of JSON"])
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(Path(r["path"]).name, len(r["classes"])) for r in found] == [("grey.png", 2), ("cmyk.jpg", 2)]
     assert command(odd / "grey.png", "--model-dir", tmp_path / "nowhere", "--out", out)[0] == 2
@@ -405,21 +407,26 @@ def test_pictures(command, runs, odd, tmp_path, monkeypatch):
     images = [odd / "grey.png", odd / "cut.jpg", odd / "below", odd / "cmyk.jpg"]
     shutil.copy(odd / "grey.png", odd / "below")
     (odd / "below" / "up").unlink()
-    assert command(*images, "--model-dir", folder, "--explain", out) == command(*images, "--model-dir", folder)
-    names = {"cmyk.jpg.jpg", "deeper_plain.PNG.jpg", "grey.png.jpg", "grey.png-2.jpg"}
+    status, lines, errors = command(*images, "--model-dir", folder)
+    told = [*errors, f"{out}: 4 pictures, one for each image"]
+    assert command(*images, "--model-dir", folder, "--explain", out) == (status, lines, told)
+    names = {"cmyk.jpg", "deeper_plain.jpg", "grey.jpg", "grey-2.jpg"}
     assert {path.name for path in out.iterdir()} == names
     found = next(Predictor(folder).explain([odd / "cmyk.jpg"]))
     drawn = array(found.draw())
-    framed = (np.abs(drawn - np.array([26, 127, 55]) / 255).max(axis=2) < 0.02).sum(axis=0) > 100
+    framed = (np.abs(drawn - np.array([31, 41, 51]) / 255).max(axis=2) < 0.02).sum(axis=0) > 100
     left, right = framed.nonzero()[0][[0, -1]]
     cell = drawn.shape[1] / (1 + len(found.candidates))
     assert (left + right) / 2 // cell == found.selected + 1 and right - left == pytest.approx(cell, abs=30)
-    saved = array(Image.open(out / "cmyk.jpg.jpg"))
+    saved = array(Image.open(out / "cmyk.jpg"))
     assert saved.shape == drawn.shape and np.abs(saved - drawn).mean() < 0.02
+    for truth, colour in ((found.prediction.classes[0], (26, 127, 55)), ("other", (180, 35, 24))):  # right, wrong
+        pixels = array(replace(found, truth=truth).draw())
+        assert (np.abs(pixels - np.array(colour) / 255).max(axis=2) < 0.02).sum() > 20
     command(*images, "--model-dir", folder, "--explain", sheet)
     assert Image.open(sheet).height == 4 * drawn.shape[0]
     monkeypatch.setattr(predict, "ROWS", 2)
-    assert "the first 2 images" in command(*images, "--model-dir", folder, "--explain", sheet)[2][-1]
+    assert "2 of 4 images" in command(*images, "--model-dir", folder, "--explain", sheet)[2][-1]
     assert Image.open(sheet).height == 2 * drawn.shape[0]
 
 
@@ -439,5 +446,31 @@ def test_file_name_that_is_not_text(command, runs, odd, tmp_path):
     os.rename(odd / "grey.png", path)
     words = tmp_path / "images", os.fsdecode(path), "--model-dir", runs("two-stage")[0], "--explain", tmp_path / "why"
     status, lines, errors = command(*words)
-    assert status == 0 and errors == [] and [os.fsencode(line["path"]) for line in lines] == [path, path]
+    assert status == 0 and len(errors) == 1 and [os.fsencode(line["path"]) for line in lines] == [path, path]
     assert len(list((tmp_path / "why").iterdir())) == 2
+
+
+def test_untrained_is_zero_shot_clip_with_selection(rn_file, odd, tmp_path):
+    words = arguments("LoGoPrompt", tmp_path, rn_file, tmp_path / "run", METHOD + "TEXT_PROMPT", "generic")
+    cfg, backbones = train.setup_cfg(train.parse_args(words)), {}
+    predictors = [Predictor.untrained(cfg, names, backbones) for names in (NAMES, NAMES[:3])]
+    assert len({id(predictor.trainer.backbone) for predictor in predictors}) == len(backbones) == 1
+    (found,), backbone = list(predictors[0].explain([odd / "cmyk.jpg"])), predictors[0].trainer.backbone
+    texts = encode_texts(backbone, [f"a photo of a {name.replace('_', ' ')}." for name in NAMES])
+    image = predictors[0].transform(read_image(str(odd / "cmyk.jpg"))).unsqueeze(0)
+    p = backbone.logits(torch.nn.functional.normalize(backbone.encode_image(image), dim=-1), texts)[0].softmax(0)
+    assert [c.classname for c in found.candidates] == [NAMES[i] for i in p.argsort(descending=True)[:5]]
+    best = p.sort(descending=True).values[:5].tolist()
+    assert [c.original for c in found.candidates] == pytest.approx(best, abs=1e-4)
+    assert all(c.conditional is not None for c in found.candidates)
+
+
+def test_options_override_those_of_the_run(runs, odd, capsys):
+    folder, _ = runs("generic")
+    few = Predictor(folder, options=[METHOD + "K", 2, METHOD + "LOCATION", "top", METHOD + "BLOCK_HEIGHT", 0.02])
+    (found,) = few.explain([odd / "cmyk.jpg"])
+    assert len(found.candidates) == 2 and found.candidates[0].picture.size == (SIZE, SIZE)
+    assert few.warnings and few.warnings[0].startswith("Visual prompts too small to read in 1x64 pixels")
+    assert few.warnings[0] in capsys.readouterr().err
+    changed = np.asarray(found.candidates[0].picture) != np.asarray(found.image)
+    assert changed[0].any() and not changed[1:].any()

@@ -30,6 +30,16 @@ def test_the_weights_depend_on_the_seed_alone_and_load(tmp_path):
     assert load_clip(str(tmp_path / "x.pt")).input_resolution == pretrain.SIZE
 
 
+def test_fine_tuning_starts_from_tiny_and_shows_words_that_agree():
+    """A step of a rate close to zero leaves the weights as they are; most words on drawings are their names."""
+    words = ["--agreeing=1", "--batch-size=8", "--drawings=24", "--workers=0", "--device=cpu", "--second-lr=1e-12"]
+    tuned, tiny = pretrain.pretrain(pretrain.arguments(words)), torch.load(TINY, weights_only=True)
+    same = [key for key in tiny if "running" not in key]  # BatchNorm has seen a batch
+    assert all(torch.allclose(tuned[key].float(), tiny[key].float(), atol=1e-3) for key in same)
+    assert pretrain.AGREEING[0][pretrain.NAMED_OBJECT] > 3 * pretrain.AGREEING[0][pretrain.LABELLED_OBJECT]
+    assert sum(pretrain.AGREEING[0]) == pytest.approx(1)
+
+
 def test_mistakes_end_in_one_line(tmp_path, capsys):
     for words in (["--report-only", "--out", str(tmp_path / "x.pt")], ["--out", str(tmp_path / "no" / "x.pt")]):
         assert pretrain.main(words) == 2

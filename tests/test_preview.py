@@ -34,17 +34,17 @@ def test_sheet_shows_test_images_as_logoprompt_sees_them(data_root, tmp_path):
         f"({size}, {size})",
     ]
     assert preview.main(words) == 0
-    sheet = pixels(out)
-    assert sheet.shape == (3 * (size + gap) + gap, 4 * (size + gap) + gap, 3)
+    sheet, wide = pixels(out), 3 * size  # as enlarged
+    assert sheet.shape == (3 * (wide + gap) + gap, 4 * (wide + gap) + gap, 3)
     assert preview.main(words) == 0 and np.array_equal(pixels(out), sheet)
 
     blocks = render_blocks(NAMES, 9, size).permute(0, 2, 3, 1).numpy()
     images = [f"caltech-101/101_ObjectCategories/{n}/image_{i:04d}.jpg" for n in NAMES for i in range(8, 12)]
     tops = set(places_of(uniform_of_paths(images, 0), size, (9, size), "random")[:, 0].tolist())
     for row in range(3):
-        original, *copies = (
-            sheet[gap + row * (size + gap) :, gap + column * (size + gap) :][:size, :size] for column in range(4)
-        )
+        large = [sheet[gap + row * (wide + gap) :, gap + i * (wide + gap) :][:wide, :wide] for i in range(4)]
+        original, *copies = small = [picture[::3, ::3] for picture in large]
+        assert all(np.array_equal(a, b.repeat(3, axis=0).repeat(3, axis=1)) for a, b in zip(large, small))
         places = set()
         for copy in copies:
             top, bottom = (copy != original).any(axis=(1, 2)).nonzero()[0][[0, -1]]

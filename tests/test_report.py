@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT
+from mixed_runs import NINE, mixed_output
 from test_scripts import runs as script_runs
 from tiny import arguments
 
@@ -174,7 +175,7 @@ def test_transfers_average_over_the_right_data_sets(tmp_path):
     assert sections[:2] == ["Average of 5 data sets", "ImageNet"]  # the source first
 
 
-def test_ablations(tmp_path, capsys):
+def test_ablations(tmp_path):
     calls = script_runs(tmp_path, "logo/ablation", "shapes", "1")
     folders = {call["--output-dir"].split("/ablation/")[1].split("/")[0] for call in calls}
     assert folders == {folder for _, _, folder, _ in SETTINGS}
@@ -191,11 +192,6 @@ def test_ablations(tmp_path, capsys):
         assert (cell["mean"], cell["std"]) == (pytest.approx(62 + i), pytest.approx(1))
         assert cell["published"] == (None if np.isnan(printed) else printed)
     assert {cell["published"] for cell in good(tmp_path / "b").values()} == {None}  # other shots
-    make(tmp_path / "c", "Shapes", 60.0, kind="ablation/4c_2", config="tiny96_ep10_ctxv1")
-    capsys.readouterr()
-    assert build(tmp_path / "c", "--seeds", "1")[0] == 1
-    missing = [line for line in capsys.readouterr().err.splitlines() if line.startswith("missing")]
-    assert len(missing) == 12 and any("16 on 4c: number of context vectors" in line for line in missing)
 
 
 def test_only_the_backbone_and_shots_of_the_paper_are_compared(tmp_path):
@@ -205,7 +201,8 @@ def test_only_the_backbone_and_shots_of_the_paper_are_compared(tmp_path):
         make(tmp_path / f"runs/{i}", backbone=name, **run)
     make(tmp_path / "runs/8", shots=8, trainer="CoOp", **run)
     found = {row: cell["published"] for (_, row, _), cell in good(tmp_path / "runs", "--seeds", "1").items()}
-    expected = {f"LoGoPrompt (vit_b16_ctxv1, {name})": 75.27 if name in same else None for name in (*same, *others)}
+    rows = {name: f"LoGoPrompt ({name.removeprefix('/w/')})" for name in (*same, *others)}
+    expected = {row: 75.27 if name in same else None for name, row in rows.items()}
     assert found == {**expected, "CoOp": None}
 
 
@@ -219,20 +216,26 @@ def test_what_is_a_row(tmp_path):
     make(tmp_path / "b", "Food101", 61.0, config="rn50")
     make(tmp_path / "c", "Food101", 60.0)
     make(tmp_path / "c/more", "Food101", 61.0, backbone="RN50")
+    make(tmp_path / "d", "Food101", 60.0)
+    make(tmp_path / "d/more", "Food101", 61.0, epochs=5)
+    make(tmp_path / "e", "Food101", 60.0)
+    make(tmp_path / "e/more", "Food101", 61.0)  # of the same settings
+    make(tmp_path / "e/copy", "Food101", 60.0)  # counted once
     for name, rows in (
         ("a", {"LoGoPrompt", "LoGoPrompt+Adapter"}),
-        ("b", {"LoGoPrompt (rn50_ep50, ViT-B/16)", "LoGoPrompt (rn50, ViT-B/16)"}),
-        ("c", {"LoGoPrompt (vit_b16_ctxv1, ViT-B/16)", "LoGoPrompt (vit_b16_ctxv1, RN50)"}),
+        ("b", {"LoGoPrompt (rn50_ep50)", "LoGoPrompt (rn50)"}),
+        ("c", {"LoGoPrompt (ViT-B/16)", "LoGoPrompt (RN50)"}),
+        ("d", {"LoGoPrompt (1 epoch)", "LoGoPrompt (5 epochs)"}),
+        ("e", {"LoGoPrompt", "LoGoPrompt (more/few_shot/food101/shots_16/LoGoPrompt/vit_b16_ctxv1/seed1)"}),
     ):
         assert {row for _, row, _ in good(tmp_path / name, "--seeds", "1")} == rows
 
 
-def refused(root, capsys, *words):
-    """Status and the lines on stderr of a report that must not be written."""
+def incomplete(root, capsys, *words):
+    """Status, folder and the lines on stderr of a report."""
     capsys.readouterr()
     status, out = build(root, *words)
-    assert not out.exists()
-    return status, capsys.readouterr().err.splitlines()
+    return status, out, capsys.readouterr().err.splitlines()
 
 
 def test_missing_and_unfinished_runs_are_named(tmp_path, capsys):
@@ -245,18 +248,17 @@ def test_missing_and_unfinished_runs_are_named(tmp_path, capsys):
     for half, seed in product(("train_base", "test_new"), (1, 2, 3)):
         (root / run.format(f"{half}/eurosat", "CoOp", seed)).unlink()
     (root / "few_shot/dtd/shots_1/CoOp/rn50/seed1/prompt_learner").mkdir(parents=True)
-    status, lines = refused(root, capsys)
-    assert status == 1
+    status, out, lines = incomplete(root, capsys)
+    assert status == 1 and lines[-1] == "incomplete (13 lines at the end of the report)"
     unfinished = [line for line in lines if line.startswith("unfinished: ")]
     assert len(unfinished) == 3 + 6 + 1 and sum("dtd" in line for line in unfinished) == 1
-    prefix = "missing: base-to-new, 16 shots: "
+    prefix = "missing: base-to-new, 16 shots: "  # of rows that have a run
     assert sorted(line for line in lines if line.startswith("missing")) == [
-        f"{prefix}CoOp on EuroSAT with seed 1, 2, 3",
         f"{prefix}LoGoPrompt on Caltech101, base with seed 3",
         f"{prefix}LoGoPrompt on Caltech101, new with seed 2, 3",
         f"{prefix}ZeroshotCLIP on Caltech101, new",
-        f"{prefix}ZeroshotCLIP on EuroSAT",
     ]
+    assert ("EuroSAT", "CoOp", "base") not in cells(out)
     status, out = build(root, "--partial")
     found = cells(out)
     assert status == 0 and found["Caltech101", "LoGoPrompt", "base"]["mean"] == 91  # of the two finished ones
@@ -265,7 +267,7 @@ def test_missing_and_unfinished_runs_are_named(tmp_path, capsys):
     assert found[AVERAGE, "LoGoPrompt", "base"]["mean"] == pytest.approx((91 + 85) / 2)
     for name in ("report.html", "report.md"):
         text = (out / name).read_text()
-        assert "LoGoPrompt on Caltech101, new with seed 2, 3" in text and "91.00 ± 1.41 (n=2)" in text
+        assert "LoGoPrompt on Caltech101, new with seed 2, 3" in text and "± 1.41 (n=2)" in text
 
 
 DAMAGED = ["{", "[1]", "{}", '{"run": {}, "metrics": {"accuracy": 1}, "split": "test"}', "\x80"]
@@ -284,31 +286,29 @@ def test_damaged_files_and_impossible_values_are_named(tmp_path, capsys, name, c
         (folder / "results.json").write_text(re.sub(rf'"{name}": [^,}}]+', f'"{name}": {content}', text))
     else:
         (folder / name).write_bytes(content.encode("latin-1"))
-    status, lines = refused(tmp_path / "runs", capsys, "--seeds", "1")
+    status, _, lines = incomplete(tmp_path / "runs", capsys, "--seeds", "1")
     assert status == 1 and len(lines) == 2 and lines[0].startswith("damaged: ") and str(folder) in lines[0]
     assert name not in IMPOSSIBLE or (f"{name} " in lines[0] and content.strip('"').lower() in lines[0])
     assert build(tmp_path / "runs", "--seeds", "1", "--partial")[0] == 0
 
 
-def test_the_same_run_twice_is_refused(tmp_path, capsys):
-    one, other = make(tmp_path / "runs", "Food101", 50.0), make(tmp_path / "runs/copy", "Food101", 50.0)
-    for words in ((), ("--partial",)):
-        status, lines = refused(tmp_path / "runs", capsys, "--seeds", "1", *words)
-        assert status == 2 and len(lines) == 1 and lines[0].startswith("error: the same run 2 times: ")
-        assert str(one) in lines[0] and str(other) in lines[0]
-    (tmp_path / "links").mkdir()  # named twice, or linked to: one run
+def test_a_run_that_is_found_twice_counts_once(tmp_path):
+    make(tmp_path / "runs", "Food101", 50.0)
+    (tmp_path / "links").mkdir()  # named twice, or linked to
     (tmp_path / "links/there").symlink_to(tmp_path / "runs/few_shot")
     (tmp_path / "links/round").symlink_to(tmp_path / "links")
     assert build(tmp_path / "links", str(tmp_path / "runs/few_shot"), "--seeds", "1")[0] == 0
+    assert len(pd.read_csv(tmp_path / "out" / "runs.csv")) == 1
 
 
-def test_seeds_with_other_settings_do_not_share_a_cell(tmp_path, capsys):
+def test_seeds_with_other_settings_do_not_share_a_cell(tmp_path):
     for seed, rate in ((1, 0.1), (2, 0.1), (3, 0.2)):
         config = f"SEED: {seed}\nDATALOADER:\n  NUM_WORKERS: {seed}\nOPTIM:\n  LR: {rate}\n"
-        (make(tmp_path / "runs", "Food101", 50.0, seed) / "config.yaml").write_text(config)
-    status, lines = refused(tmp_path / "runs", capsys)
-    assert status == 1 and len(lines) == 2 and lines[0].startswith("mixed: ")
-    assert "seed3 has OPTIM.LR 0.2, not 0.1 as " in lines[0]
+        (make(tmp_path / "runs", "Food101", 50.0 + seed, seed) / "config.yaml").write_text(config)
+    assert {row: cell["mean"] for (_, row, _), cell in good(tmp_path / "runs").items()} == {
+        "LoGoPrompt": 51.5,
+        "LoGoPrompt (OPTIM.LR 0.2)": 53,
+    }
 
 
 def test_notes_do_not_make_it_fail(tmp_path, capsys):
@@ -317,10 +317,11 @@ def test_notes_do_not_make_it_fail(tmp_path, capsys):
     for dataset, change in (("Caltech101", {"split": "val"}), ("EuroSAT", {"metrics": {}, "split": None})):
         path = make(tmp_path / "runs", dataset, 60.0) / "results.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    status, out = build(tmp_path / "runs", "--seeds", "1")
-    lines = capsys.readouterr().err.splitlines()
-    assert status == 0 and len(cells(out)) == 1 and "collapsed: " in (out / "report.html").read_text()
-    assert sorted(line.split(": ")[0] for line in lines) == ["collapsed", *["left out"] * 3]
+    status, out, lines = incomplete(tmp_path / "runs", capsys, "--seeds", "1")
+    text = (out / "report.md").read_text()
+    assert status == 0 and len(cells(out)) == 1 and "50.00†" in text
+    assert "† LoGoPrompt on Food101, seed 1: training collapsed." in text
+    assert [line.split(": ")[0] for line in lines] == ["left out"] * 3
 
 
 def test_mistakes_end_in_one_line(tmp_path, capsys):
@@ -353,25 +354,88 @@ def test_the_page_is_self_contained(tmp_path):
     status, out = build(root, "--partial")
     text, loads = page_loads(out)
     kinds = [re.match(r"data:image/([a-z+]+);base64,", load)[1] for load in loads]
-    assert status == 0 and kinds == ["svg+xml", "svg+xml"]
-    for words in ("92.00 ± 2.00", "<script>alert(1)</script>", "<b>|*x*|", "[x](http://a.b)"):
+    assert status == 0 and kinds == ["svg+xml"] * 4  # for wide and for narrow screens
+    for words in ("± 2.00", "<script>alert(1)</script>", "<b>|*x*|", "[x](http://a.b)"):
         assert f"\n{words}\n" in text
 
 
 def test_figures_show_the_numbers(tmp_path):
     two_data_sets(tmp_path / "runs", trainer="CoOp")
     root = two_data_sets(tmp_path / "runs")
-    ((name, figure),) = report.figures(report_data.make_report([root], [1, 2, 3]).tables)
-    base, new, h = figure.axes
-    assert name == "base2new" and [axes.get_title() for axes in (base, new, h)] == ["base", "new", "H"]
-    coop, ours = new.containers
-    assert list(ours.lines[0].get_xdata()) == list(coop.lines[0].get_xdata()) == pytest.approx([55, 70, 40])
-    assert (coop.lines[0].get_ydata() < ours.lines[0].get_ydata()).all()
-    segments = [sorted(segment[:, 0]) for segment in ours.lines[2][0].get_segments()]
-    assert np.array(segments) == pytest.approx(np.array([[55, 55], [60, 80], [30, 50]]))
-    hollow = [list(line.get_xdata()) for line in new.lines if line.get_markerfacecolor() == "none"]
-    assert hollow[1] == pytest.approx([81.61, 93.78, 69.44])
-    assert base.get_xlim() == new.get_xlim() == h.get_xlim()
+    tables = report_data.make_report([root], [1, 2, 3]).tables
+    for narrow in (False, True):
+        ((name, figure),) = report.figures(tables, narrow)
+        base, new, h = figure.axes
+        assert name == "base2new" and [axes.get_title() for axes in (base, new, h)] == ["base", "new", "H"]
+        coop, ours = new.containers
+        assert list(ours.lines[0].get_xdata()) == list(coop.lines[0].get_xdata()) == pytest.approx([55, 70, 40])
+        assert (coop.lines[0].get_ydata() < ours.lines[0].get_ydata()).all()
+        segments = [sorted(segment[:, 0]) for segment in ours.lines[2][0].get_segments()]
+        assert np.array(segments) == pytest.approx(np.array([[55, 55], [60, 80], [30, 50]]))
+        hollow = [list(line.get_xdata()) for line in new.lines if line.get_fillstyle() == "none"]
+        assert hollow[1] == pytest.approx([81.61, 93.78, 69.44])
+        assert base.get_xlim() == new.get_xlim() == h.get_xlim()
+    assert figure.get_figwidth() < 4.5
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """The report of a mixed output, its folder and the frame of its runs."""
+    root = mixed_output(tmp_path_factory.mktemp("mixed") / "runs")
+    _, out = build(root, "--partial")
+    return root, out, pd.read_csv(out / "runs.csv", keep_default_na=False)
+
+
+def test_a_mixed_output_is_reported_without_refusal(mixed):
+    root, out, runs = mixed
+    assert set(runs.folder) == {str(path.parent.resolve()) for path in root.rglob("results.json")}
+    assert {"a/photos", "b/photos", "Birds of Europe", "birds2", "Shapes"} == set(runs.dataset)
+    assert {"tiny", "first/clip.pt", "second/clip.pt"} == set(runs.backbone)
+    mine = runs[runs.folder.str.endswith("/mine_rate")].iloc[0]
+    assert (mine.epochs, mine.overrides) == (50, "DATASET.NUM_SHOTS 4, DATASET.SUBSAMPLE_CLASSES all, "
+        f"MODEL.BACKBONE.NAME {root}/weights/first/clip.pt, OPTIM.LR 0.1, TRAINER.LOGOPROMPT.K 3")  # fmt: skip
+    found = cells(out)
+    ours = {row: cell["mean"] for (section, row, _), cell in found.items() if section == "a/photos"}
+    assert ours == {
+        "CoOp": 81.06,
+        "LoGoPrompt (first/clip.pt, 50 epochs)": 81,
+        "LoGoPrompt (second/clip.pt, 50 epochs)": 79.5,
+        "LoGoPrompt (first/clip.pt, 2 epochs)": 70,
+        "LoGoPrompt (first/clip.pt, 50 epochs, OPTIM.LR 0.1, K 3)": 70,
+        "LoGoPrompt (first/clip.pt, 50 epochs, OPTIM.LR 9.0)": 70,
+    }
+    assert found["Birds of Europe", "LoGoPrompt (first/clip.pt, 50 epochs, on photos)", "4 shots"]["mean"] == 31
+    demo = [found["Shapes", "CoOp (demo/runs/CoOp/base)", column]["mean"] for column in ("base", "new", "H")]
+    assert demo == pytest.approx([78.54, 80.24, harmonic_mean(78.54, 80.24)])
+    text = (out / "report.md").read_text()
+    assert "counted once" in text and "/mine_eval repeats " in text and "the same run" not in text
+    assert len(re.findall(r"70\.00†", text)) == 2 and "mine: nothing was learned" not in text
+    assert "The block of the true class raises its log-odds by -0.20" in text
+    empty = [line for line in text.splitlines() if line.startswith("|") and " – " in line]
+    assert not empty  # every row has all of its columns
+
+
+def test_methods_are_told_apart_by_colour_and_marker(mixed):
+    tables = report_data.make_report([mixed[0]], []).tables
+    drawn = [figure for _, figure in report.figures(tables) if figure]
+    looks = {}
+    for figure in drawn:
+        legend = figure.legends[0]
+        names, within = [text.get_text() for text in legend.get_texts()], {}
+        for axes in figure.axes:
+            for handle, name in zip(*axes.get_legend_handles_labels()):
+                line = handle.lines[0]
+                within[name] = line.get_color(), line.get_marker(), line.get_fillstyle()
+                looks.setdefault(name, set()).add(within[name])
+            low, high = axes.get_ylim() if "shots" in axes.get_xlabel() else axes.get_xlim()
+            assert high - low >= report.MIN_SPAN
+        assert set(within) == set(names) and len(set(within.values())) == len(names)
+    nine = [looks[name] for name in NINE]
+    assert all(len(look) == 1 for look in nine)  # in all figures the same
+    assert len({next(iter(look))[:2] for look in nine}) == 9
+    curves = drawn[-1].axes[0].containers
+    dodged = [{round(float(x), 6) for x in container.lines[0].get_xdata()} for container in curves]
+    assert dodged[0].isdisjoint(dodged[1])
 
 
 def test_the_same_runs_give_the_same_bytes(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """The trainers through ``train.py``: what a run leaves behind, and that nothing but the seed changes it."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +42,13 @@ def test_run_folder_holds_the_promised_files(trained, trainer):
     assert results["metrics"]["accuracy"] == pytest.approx(100 * sum(correct) / len(correct))
     assert (results["images"], results["classes"]) == (len(correct), 4) and len(correct) == 16
     assert results["run"]["trained"] and results["run"]["epochs"] == 2 and results["run"]["seed"] == 1
+    about = results["run"]
+    assert about["overrides"]["OPTIM.MAX_EPOCH"] == 2
+    assert ("OPTIM.LR" in about["overrides"]) == (trainer == "LoGoPrompt")  # else the file's
+    assert Path(about["config_file"]).stem in ("photo64_ep50_ctxv1", "photo64_c4_ep10_batch1_ctxv1")
+    assert 0 < about["seconds"] < 600 and results["classnames"] == NAMES[:4]
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    assert (about["commit"] or "").removesuffix("-dirty") == head.strip()
     assert "epoch [2/2] batch [2/2]" in run.log
     summary = f"{trainer} on Caltech101, base classes, 4 shots, seed 1: "
     accuracy = f"accuracy {results['metrics']['accuracy']:.2f} % (16 images). Results: {run.folder / 'results.json'}"
@@ -99,8 +108,19 @@ def test_metrics_of_the_selection(run):
     """Recomputed from every image alone. The block is large, for something to change."""
     done = run("LoGoPrompt", *GENERIC, "TRAINER.LOGOPROMPT.BLOCK_HEIGHT", 0.9)
     trainer, changed, correct, n = done.trainer, 0, 0, 0
+    rises = {"log_odds_rise_true": [], "log_odds_rise_wrong": []}
     with torch.no_grad():
         text = trainer.model.text_features()
+        for images, label in trainer.source.batches(trainer.test_loader):
+            found = trainer.model.compare(images, text)
+            assert not found.among_candidates
+            for row, y in enumerate(label.tolist()):
+                candidates = found.candidates[row].tolist()  # all four classes
+                wrong = max((c for c in candidates if c != y), key=lambda c: found.original[row, c])  # noqa: B023
+                for name, c in zip(rises, (y, wrong)):
+                    logs = found.original[row, c], found.conditional[row, candidates.index(c)]
+                    p = [min(max(math.exp(log_p), 1e-6), 1 - 1e-6) for log_p in logs]
+                    rises[name].append(math.log(p[1] / (1 - p[1])) - math.log(p[0] / (1 - p[0])))
         for batch in trainer.test_loader:
             alone = (trainer.model.backbone.encode_image(batch["img"]) @ text.T).argmax(dim=1).tolist()
             for path, label, found in zip(batch["impath"], batch["label"].tolist(), alone):
@@ -109,7 +129,8 @@ def test_metrics_of_the_selection(run):
                 correct, n = correct + (label == found), n + 1
     assert changed > 0
     shares = {"changed_by_selection": 100 * changed / n, "accuracy_without_selection": 100 * correct / n}
-    assert done.results["observed"] == pytest.approx(shares)
+    shares |= {name: sum(values) / len(values) for name, values in rises.items()}
+    assert done.results["observed"] == pytest.approx(shares, rel=1e-4, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- precision
@@ -135,7 +156,9 @@ def test_bfloat16_and_chunks_train_nearly_the_same(run, trainer):
 def test_same_seed_same_results(trained, run, trainer):
     first, flags = trained(trainer), [] if trainer in TRAINED else ["--eval-only"]
     again = run(trainer, flags=flags, out="again")
-    assert differences(first.outcome, again.outcome) == [] and again.results == first.results
+    results = [found.results for found in (first, again)]
+    assert all(found["run"].pop("seconds") for found in results) and results[0] == results[1]
+    assert differences(first.outcome, again.outcome) == []
     if trainer in PROMPTS:
         assert differences(first.outcome["state"], run(trainer, seed=2, out="other").outcome["state"]) != []
 

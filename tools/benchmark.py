@@ -3,7 +3,8 @@
     python tools/benchmark.py                        # everything
     python tools/benchmark.py --only text --json f   # see --help for the names
 
-Networks have real sizes and random weights, on which their cost does not depend.
+Networks have real sizes and random weights, on which their cost does not depend. On a GPU batches have 32 images (parts
+text, cocoop, step, precision and methods).
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ from trainers.prompting.image_batch import CHUNK, ImageBatch
 from trainers.prompting.method import Method
 from trainers.prompting.results import write_text
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BATCH = 32 if DEVICE.type == "cuda" else 8
 Ways = dict[str, Callable[[], Any]]  # calls to compare, by name; the first one is the reference
 Row = dict[str, Any]  # label, seconds, ratio, megabytes
 
@@ -71,6 +74,8 @@ def peaks(make: Callable[..., Ways], *args: Any) -> list[float]:
 
 def _peak(make: Callable[..., Ways], args: tuple, way: str) -> float:
     def highest() -> float:  # not from getrusage, which starts from the parent's
+        if DEVICE.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
 
     before = highest()
@@ -86,27 +91,37 @@ def random_clip(arch: str = "RN50") -> torch.nn.Module:
     return model
 
 
-def method(kind: type[Method], classes: int, arch: str = "RN50", **options: Any) -> Method:
-    """The model of a method for ImageNet's class names, with some of its keys."""
+def method(
+    kind: type[Method], classes: int, arch: str = "RN50", dtype: torch.dtype = torch.float32, **options: Any
+) -> Method:
+    """The model of a method for ImageNet's class names, with some of its keys, on the device and in a precision."""
     cfg = get_cfg_default()
     trainers.extend_cfg(cfg)
     cfg.INPUT.SIZE = (224, 224)
     if options:
         cfg.TRAINER[kind.config_name].update(options)
     names = [IMAGENET_CLASSNAMES[i % len(IMAGENET_CLASSNAMES)] for i in range(classes)]
-    return kind(cfg, names, Backbone(random_clip(arch), open_clip.tokenizer.SimpleTokenizer(), arch))
+    backbone = Backbone(random_clip(arch), open_clip.tokenizer.SimpleTokenizer(), arch)
+    if dtype != torch.float32:
+        backbone.cast_weights(dtype)
+    return kind(cfg, names, backbone.to(DEVICE)).to(DEVICE)
+
+
+def random_images(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, 3, 224, 224) images and (B,) labels, on the device."""
+    return torch.randn(batch, 3, 224, 224, device=DEVICE), torch.arange(batch, device=DEVICE)
 
 
 def training_step(model: Method, batch: int) -> Callable[[], None]:
     """Loss and gradients of a batch of random images, without the optimizer."""
-    image, label = torch.randn(batch, 3, 224, 224), torch.arange(batch)
+    image, label = random_images(batch)
     return lambda: model.backward(model.loss(ImageBatch(model.backbone, image), label), lambda loss: loss)
 
 
 def padded(model: Method, prompts: torch.Tensor) -> torch.Tensor:
     """Text features of prompts (C, L, D), encoded like the original CLIP: all 77 tokens of each."""
     prompts = F.pad(prompts, (0, 0, 0, model.backbone.context_length - prompts.shape[1]))
-    return model.text_encoder(prompts, torch.full((len(prompts),), prompts.shape[1] - 1))
+    return model.text_encoder(prompts, torch.full((len(prompts),), prompts.shape[1] - 1).to(DEVICE))
 
 
 def text_ways(classes: int, n_ctx: int, csc: bool) -> Ways:
@@ -135,7 +150,7 @@ def text(quick: bool) -> Iterator[Row]:
 def cocoop_ways(classes: int, batch: int) -> Ways:
     """A training step of CoCoOp; the reference encodes the prompts of every image by themselves."""
     model = method(cocoop.CustomCLIP, classes, CTX_INIT="a photo of a")
-    image, label = torch.randn(batch, 3, 224, 224), torch.arange(batch) % classes
+    image, label = random_images(batch)
 
     def reference() -> None:
         logits, learned = [], model.learned
@@ -157,8 +172,8 @@ def cocoop_step(quick: bool) -> Iterator[Row]:
 def step_ways(arch: str, batch: int, classes: int, k: int) -> tuple[Ways, Ways]:
     """Training and test; the floor is the encoders alone, on the same tensors: (2 + K) * B images and the text pass."""
     model = method(logoprompt.CustomCLIP, classes, arch, CTX_INIT="a photo of a", K=k)
-    image, label, paths = torch.randn(batch, 3, 224, 224), torch.arange(batch), [f"{i}.jpg" for i in range(batch)]
-    copies, text_features = torch.randn(batch * (1 + k), 3, 224, 224), model.text_features().detach()
+    (image, label), paths = random_images(batch), [f"{i}.jpg" for i in range(batch)]
+    (copies, _), text_features = random_images(batch * (1 + k)), model.text_features().detach()
 
     @torch.no_grad()
     def encode(n: int) -> None:
@@ -176,17 +191,20 @@ def step_ways(arch: str, batch: int, classes: int, k: int) -> tuple[Ways, Ways]:
 
 def step(quick: bool) -> Iterator[Row]:
     for arch in ("RN50",) if quick else ("RN50", "ViT-B-16"):
-        for title, ways in zip(("training", "test"), step_ways(arch, batch=8, classes=50, k=5)):
-            yield from compare(f"{arch}, B = 8, C = 50, K = 5, {title}", ways, 2 if quick else 5)
+        for title, ways in zip(("training", "test"), step_ways(arch, BATCH, classes=50, k=5)):
+            yield from compare(f"{arch}, B = {BATCH}, C = 50, K = 5, {title}", ways, 2 if quick else 5)
 
 
 def precision(quick: bool) -> Iterator[Row]:
-    """A training step of LoGoPrompt with the image encoder in float32 and in bfloat16 (``PREC bf16``)."""
+    """A training step of LoGoPrompt with the image encoder in float32 and in half precision (``PREC``)."""
+    precisions = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if DEVICE.type == "cuda":
+        precisions["fp16"] = torch.float16
     for arch in ("RN50", "ViT-B-16"):
-        models = {name: method(logoprompt.CustomCLIP, 50, arch, CTX_INIT="a photo of a") for name in ("fp32", "bf16")}
-        models["bf16"].backbone.cast_weights(torch.bfloat16)
-        ways = {name: training_step(model, 8) for name, model in models.items()}
-        yield from compare(f"{arch}, B = 8, C = 50, K = 5", ways, 2 if quick else 5)
+        ways = {}
+        for name, dtype in precisions.items():
+            ways[name] = training_step(method(logoprompt.CustomCLIP, 50, arch, dtype, CTX_INIT="a photo of a"), BATCH)
+        yield from compare(f"{arch}, B = {BATCH}, C = 50, K = 5", ways, 2 if quick else 5)
 
 
 class RandomFeatures:
@@ -194,22 +212,23 @@ class RandomFeatures:
 
     def __init__(self, model: Method) -> None:
         n = 16 * len(model.classnames)
-        self.found = torch.randn(n, model.backbone.n_features), torch.arange(n) % len(model.classnames)
+        features = torch.randn(n, model.backbone.n_features, device=DEVICE)
+        self.found = features, torch.arange(n, device=DEVICE) % len(model.classnames)
 
     def train_features(self, passes: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         return self.found
 
 
 def methods(quick: bool) -> Iterator[Row]:
-    """A training step of every method that has steps, relative to CoOp's."""
+    """A training step of every method that has steps, relative to CoOp's; on a GPU in CLIP's own precision, fp16."""
     known = {name: TRAINER_REGISTRY.get(name).method_class for name in TRAINER_REGISTRY.registered_names()}
     ways = {}
     for name, kind in sorted(known.items(), key=lambda item: item[0] != "CoOp"):
         if kind.learns and kind.fit is Method.fit:
-            model = method(kind, 50, "ViT-B-16")
+            model = method(kind, 50, "ViT-B-16", torch.float16 if DEVICE.type == "cuda" else torch.float32)
             model.stages()[0].begin(RandomFeatures(model))
-            ways[name] = training_step(model, 8)
-    yield from compare("ViT-B-16, C = 50", ways, 1 if quick else 3)
+            ways[name] = training_step(model, BATCH)
+    yield from compare(f"ViT-B-16, B = {BATCH}, C = 50", ways, 1 if quick else 3)
 
 
 def run(work: str, config: str, root: Path, output: Path, seed: int, *opts: Any) -> tuple[float, Any]:
@@ -273,7 +292,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--quick", action="store_true", help="smaller, for a first look")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     args = parser.parse_args(argv)
-    print(f"{platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}\n")
+    gpu = f"{torch.cuda.get_device_name()}, " if DEVICE.type == "cuda" else ""
+    print(f"{gpu}{platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}\n")
     found = {}
     for name in args.only:
         title, benchmark = BENCHMARKS[name]

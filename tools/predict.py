@@ -79,7 +79,7 @@ def picture_writer(out: Path, stack: ExitStack) -> Callable[[Explanation], None]
     (out.parent if is_sheet else out).mkdir(parents=True, exist_ok=True)
 
     def add(explanation: Explanation) -> None:
-        name = "" if is_sheet else re.sub(r"[^\w.-]+", "_", explanation.prediction.relative)
+        name = "" if is_sheet else re.sub(r"[^\w.-]+", "_", os.path.splitext(explanation.prediction.relative)[0])
         names[name] += 1
         if not is_sheet:
             number = f"-{names[name]}" * (names[name] > 1)
@@ -87,13 +87,15 @@ def picture_writer(out: Path, stack: ExitStack) -> Callable[[Explanation], None]
         elif names[name] <= ROWS:
             rows.append(explanation.draw())
 
-    def save_sheet() -> None:
+    def finish() -> None:
+        n, more = sum(names.values()), "; name a folder for a picture of each" * (names[""] > ROWS)
         if rows:
             Image.fromarray(np.vstack(rows)).save(out, quality=90)
-        if names[""] > ROWS:
-            print(f"{out}: the first {ROWS} images; name a folder for a picture of each", file=sys.stderr)
+            print(f"{out}: {len(rows)} of {n} images explained on one sheet{more}", file=sys.stderr)
+        elif n:
+            print(f"{out}: {n} picture{'s' * (n > 1)}, one for each image", file=sys.stderr)
 
-    stack.callback(save_sheet)
+    stack.callback(finish)
     return add
 
 
@@ -129,6 +131,8 @@ def predict(args: argparse.Namespace, stack: ExitStack) -> int:
             tqdm.write(f"error: {printable(prediction.error)}", file=sys.stderr)
         elif draw:
             draw(result)
+    if args.out:
+        print(f"{args.out}: {done} lines of JSON", file=sys.stderr)
     if failed:
         print(f"{failed} of {done} failed", file=sys.stderr)
     if skipped:

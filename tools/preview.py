@@ -36,6 +36,7 @@ from trainers.prompting.paste import paste, places_of, uniform_of_paths
 from trainers.prompting.render import VisualPrompts, blocks_of
 
 GAP = 4  # pixels between pictures
+WIDTH = 192  # of a picture; smaller ones are enlarged by a whole number
 CONFIG = Path(train.__file__).with_name("configs") / "trainers" / "LoGoPrompt" / "vit_b16_ctxv1.yaml"
 
 
@@ -90,6 +91,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             rows = list(torch.stack(versions, dim=1).flatten(0, 1).split(2))
         else:
             rows = contact_sheet(cfg, ours.images, ours.others, args.model_dir)
+        scale = max(1, WIDTH // rows[0].shape[-1])
+        rows = [row.repeat_interleave(scale, 2).repeat_interleave(scale, 3) for row in rows]
         sheet = make_grid(torch.cat(rows), nrow=len(rows[0]), padding=GAP, pad_value=1.0)
         to_pil_image(sheet).save(ours.out, quality=90)
     except (UserError, OSError, ValueError) as error:

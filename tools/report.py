@@ -4,10 +4,10 @@
     python tools/report.py output/base2new --seeds 1 --partial --out base2new_so_far
 
 Every folder is searched for ``results.json``. The tables are printed and written to ``report.html`` (self-contained),
-``report.md`` and ``cells.csv`` (full precision), the runs to ``runs.csv``, each figure to a PNG and an SVG.
+``report.md`` and ``cells.csv`` (full precision), the runs to ``runs.csv``, each figure to a PNG and an SVG. Runs that
+are missing, unfinished or damaged are listed at the end.
 
-Exit status: 0; 1 if runs are missing, unfinished, damaged or mixed (one line each; nothing is written without
---partial); 2 for a mistake in the call, among them the same run in two folders.
+Exit status: 0; 1 if there are such runs and --partial is not given; 2 for a mistake in the call.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ import math
 import os
 import re
 import sys
+import textwrap
+from collections import Counter
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Optional
 
+import numpy as np
 import pandas as pd
 from markdown_it import MarkdownIt
 from matplotlib import rc_context
@@ -33,11 +37,15 @@ from tqdm import tqdm
 from report_data import NAME, TITLES, Report, Table, UserError, make_report, replacing
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = ("#d1495b", "o")  # LoGoPrompt
-PALETTE = ("#4c86c6", "#2a9d8f", "#9b6bc2", "#c98a1b", "#7a8f3a", "#c2679b", "#5b6f9e", "#a0705a", "#3b9ab2", "#8a94a0")
-MARKERS = "s^DvP<X>*"
-GREY = "#8a94a0"
-STYLE = {"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False, "grid.color": GREY, "grid.alpha": 0.25}
+# A method has the same colour (Okabe and Ito's, for all kinds of colour vision) and marker in every report.
+METHODS = ("LoGoPrompt", "CoOp", "CoCoOp", "ZeroshotCLIP", "CLIPAdapter", "TipAdapterF", "ProGrad", "KgCoOp", "ProDA")
+METHODS += ("TipAdapter", "VP", "VPT", "DPT", "LinearProbe", "LoGoPrompt+Adapter", "VP+TP", "ZeroshotCLIP2")
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#444444", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = "os^DvPX<>*h"
+FILLS = ("full", "left", "bottom", "right", "top")  # of several rows of a method
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.4}
+MIN_SPAN = 5.0  # points on an axis: smaller differences do not fill a figure
+MISSING = "Missing or left out"
 
 
 def clean(text: str) -> str:
@@ -49,79 +57,120 @@ def table_text(table: Table) -> str:
     """A table in Markdown, with the published value and the difference next to each column that has them."""
     cells = table.cells.assign(text=table.cells.text.where(~table.cells.best, "**" + table.cells.text + "**"))
     lines = cells[["section", "row"]].drop_duplicates()
-    sections = lines.section.where(lines.section != lines.section.shift(), "")
-    columns = list(zip(table.heads, (sections.map(clean), lines.row.map(clean))))
+    about = table.about.loc[lines.row]
+    columns = list(zip(table.heads, (lines.section.where(lines.section != lines.section.shift(), ""), about["name"])))
+    columns += [(name, about[name]) for name in about.columns[1:] if about[name].any()]
+    columns = [(name, values.map(clean)) for name, values in columns]
     for name, part in cells.groupby("column", sort=False):
         columns += [(name, part.text.replace("", "–"))]
         columns += [("paper", part.versus)] * bool(part.published.notna().any())
     heads, content = zip(*columns)
-    align = ["left", "left", *["right"] * (len(heads) - 2)]
+    align = ["right" if name in {*cells.column, "paper"} else "left" for name in heads]
     return tabulate(list(zip(*content)), heads, tablefmt="pipe", disable_numparse=True, colalign=align)
+
+
+def table_html(table: Table) -> str:
+    """A table in HTML, narrow: sections have lines of their own, details are small or, on wide screens, columns."""
+    about = table.about.loc[:, (table.about != "").any()]
+    columns, lines = list(dict.fromkeys(table.cells.column)), []
+    for section, cells in table.cells.groupby("section", sort=False):
+        lines += [f'<tr class="section"><th colspan="{len(columns) + len(about.columns)}">{escape(section)}']
+        for row, values in cells.groupby("row", sort=False):
+            name, *details = map(escape, about.loc[row])
+            label = escape(row).removeprefix(name).strip(" ()")
+            line = f'<tr><th>{name}<small class="narrow">{label}</small>'
+            for cell in values.itertuples():
+                number, _, deviation = cell.text.partition(" ")
+                paper = f"<small>paper {cell.versus}</small>" * bool(cell.versus)
+                line += f"<td>{'<b>' * cell.best}{number or '–'}</b><small>{deviation}</small>{paper}"
+            lines += [line + "".join(f'<td class="wide">{text}' for text in details)]
+    heads = "".join(f"<th>{escape(text)}" for text in (table.heads[1], *columns))
+    heads += "".join(f'<th class="wide">{text}' for text in about.columns[1:])
+    return f"<table><thead><tr>{heads}</thead><tbody>{''.join(lines)}</tbody></table>"
 
 
 def markdown(report: Report, figure_files: Sequence[str] = ()) -> str:
     """All tables, each with its figure if there are files, and what is missing."""
-    summary = (
-        f"Runs: {len(report.runs)}, seeds: {', '.join(map(str, report.seeds))}. Test accuracy in %, mean ± standard "
-        "deviation (of the sample) over seeds; with the paper's value and the difference; bold is the best."
+    gaps = Counter(line.partition(":")[0] for line in report.gaps)
+    text = (
+        f"Runs: {len(report.runs)}, seeds: {', '.join(map(str, sorted(set(report.runs.seed))))}. Test accuracy in %, "
+        "mean ± standard deviation (of the sample) over seeds; with the paper's value and the difference; bold is best."
     )
-    parts = ["# LoGoPrompt: report", summary, "\n".join(f"- {clean(line)}" for line in [*report.gaps, *report.notes])]
+    text += f" **{', '.join(f'{n} {kind}' for kind, n in gaps.items())}: see the end.**" * bool(gaps)
+    parts = ["# LoGoPrompt: report", text]
     for i, table in enumerate(report.tables):
-        parts += [f"## {clean(table.title)}", table_text(table), *table.notes]
-        parts += [f"![{clean(table.title)}]({name})" for name in figure_files[i : i + 1]]
-    return "\n\n".join(filter(None, parts)) + "\n"
+        parts += [f"## {clean(table.title)}", table_text(table), *map(clean, table.notes)]
+        parts += [f"![{clean(table.title)}]({name})" for name in figure_files[i : i + 1] if name]
+    lines = [f"- {clean(line)}" for line in [*report.gaps, *report.notes]]
+    parts += [f"## {MISSING}", "\n".join(lines)] * bool(lines)
+    return "\n\n".join(parts) + "\n"
 
 
-def figures(tables: Sequence[Table]) -> list[tuple[str, Figure]]:
-    """(file name without suffix, figure) of every table; a row has the same colour and marker in all of them."""
-    rows = dict.fromkeys(row for table in tables if table.kind != "ablation" for row in table.cells.row)
-    others = [row for row in rows if row != "LoGoPrompt"]
-    looks = {row: (PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]) for i, row in enumerate(others)}
-    kinds = [table.kind for table in tables]
-    names = [kind if (n := kinds[:i].count(kind)) == 0 else f"{kind}_{n + 1}" for i, kind in enumerate(kinds)]
-    with rc_context(STYLE):
-        return [(name, draw_table(table, looks)) for name, table in zip(names, tables)]
+def figures(tables: Sequence[Table], narrow: bool = False) -> list[tuple[str, Optional[Figure]]]:
+    """(file name without suffix, figure) of every table, ("", None) for one of a single number."""
+    ours = [name for table in tables if table.kind != "ablation" for name in table.about["name"]]
+    looks = {name: i for i, name in enumerate(dict.fromkeys([*METHODS, *ours]))}
+    found, kinds = [], Counter()
+    for table in tables:
+        kinds[table.kind] += 1
+        name = table.kind + f"_{kinds[table.kind]}" * (kinds[table.kind] > 1)
+        with rc_context(STYLE):
+            found += [(name, draw_table(table, looks, narrow)) if table.cells["mean"].count() > 1 else ("", None)]
+    return found
 
 
-def draw_table(table: Table, looks: dict[str, tuple[str, str]]) -> Figure:
+def draw_table(table: Table, looks: dict[str, int], narrow: bool) -> Figure:
     """Means with deviations and, hollow, the paper's numbers: curves over shots if there are several, else dots."""
-    cells, curves = table.cells, table.kind == "few_shot" and table.cells.column.nunique() > 1
+    cells, curves = table.cells.dropna(subset=["mean"]), table.kind == "few_shot" and table.cells.column.nunique() > 1
     panel, label, series = ("section", "column", "row") if curves else ("column", "section", "row")
     if table.kind == "ablation":
         panel, label, series = "section", "row", "column"
-    panels, names = dict(list(cells.groupby(panel, sort=False))), list(cells[series].unique())
-    columns = min(len(panels), 4 if curves else 3 if len(panels) != 4 else 2)
-    lines = math.ceil(len(panels) / columns)
-    n_labels = max(part[label].nunique() for part in panels.values())
-    width, height = (3.3, 2.6) if curves else (3.7, 0.9 + n_labels * max(0.28, 0.1 * len(names) + 0.1))
-    figure = Figure(figsize=(width * columns, height * lines + 0.7), layout="constrained")
-    axes = list(figure.subplots(lines, columns, squeeze=False, sharex=not curves, sharey=panel == "column").flat)
-    for ax, (title, part) in zip(axes, panels.items()):
-        labels = list(part[label].unique())
-        for i, name in enumerate(names):
-            own, (colour, marker) = part[part[series] == name].set_index(label).reindex(labels), looks.get(name, OURS)
-            shift = 0 if curves else (i - (len(names) - 1) / 2) * 0.7 / len(names)  # the first on top
-            places, turn = [place + shift for place in range(len(labels))], 1 if curves else -1
-            bars = {"yerr" if curves else "xerr": own["std"].fillna(0), "ls": "-" if curves else "none"}
-            look = {"color": colour, "marker": marker}
-            ax.errorbar(*(places, own["mean"])[::turn], **bars, **look, ms=4, lw=1.4, elinewidth=1, label=name)
+
+    def positions(part: pd.DataFrame) -> pd.DataFrame:
+        """Where each value is on the axis of the labels; no two are in the same place."""
+        found = part[[label, series]].drop_duplicates()
+        n, number = (pd.factorize(found[name])[0] for name in (label, series))
+        return found.assign(at=n + 0.2 * (number - number.mean()) / len(styles) if curves else n + np.arange(len(n)))
+
+    styles: dict[str, dict[str, str]] = {}  # of a series
+    for row, method in table.about["name"].items() if series == "row" else [("accuracy", "LoGoPrompt")]:
+        turn, n = divmod(list(table.about["name"])[: len(styles)].count(method), len(FILLS))
+        look = {"marker": MARKERS[(looks[method] + 3 * turn) % len(MARKERS)], "fillstyle": FILLS[n]}
+        styles[row] = {"color": COLOURS[looks[method] % len(COLOURS)], **look, "label": textwrap.fill(row, 45)}
+    panels = dict(list(cells.groupby(panel, sort=False)))
+    places = [positions(cells if panel == "column" else part) for part in panels.values()]
+    columns = 1 if narrow else min(len(panels), 4 if curves else 3, 2 if len(panels) == 4 else 9)
+    rows, width = math.ceil(len(panels) / columns), 4.3 if narrow else 3.6 * columns
+    across = max(1, int(15 * width / (9 + max(len(style["label"]) for style in styles.values()))))  # of the legend
+    height = 2.6 if curves else 0.9 + 0.17 * max(place["at"].max() for place in places)
+    height = height * rows + 0.8 + 0.2 * math.ceil(len(styles) / across)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=not curves, sharey=panel == "column").flat)
+    turn = 1 if curves else -1  # values from left to right
+    for ax, (title, part), place in zip(axes, panels.items(), places):
+        for name, own in part.merge(place).groupby(series, sort=False):
+            bars = {"yerr" if curves else "xerr": own["std"].fillna(0), "ls": "-" if curves else "none", "lw": 1.2}
+            ax.errorbar(*(own["at"], own["mean"])[::turn], **bars, **styles[name], ms=6, mfcalt="white")
+            look = {**styles[name], "fillstyle": "none", "ls": "none", "ms": 9, "label": "hollow: the paper"}
             if own.published.notna().any():
-                points = (places, own.published)[::turn]
-                ax.plot(*points, **look, ms=7, mfc="none", ls="none", label="hollow: the paper")
-        ax.set_title(title, fontsize=9.5)
+                ax.plot(*(own["at"], own.published)[::turn], **look)
+        ax.set_title(title if curves or len(panels) > 1 else "", fontsize=9.5)
         ax.grid(axis="y" if curves else "x", lw=0.6)
+        ticks = place.groupby(label, sort=False)["at"].mean()
         if curves:
-            ax.set_xticks(range(len(labels)), [text.split()[0] for text in labels])
-            ax.set_xlabel("shots")
+            ax.set(xticks=ticks, xticklabels=[text.split()[0] for text in ticks.index], xlabel="shots")
         else:
-            ax.set_yticks(range(len(labels)), labels)
-            ax.set(ylim=(len(labels) - 0.5, -0.5), xlabel="accuracy (%)")
+            ax.set(yticks=ticks, yticklabels=[textwrap.fill(text, 18) for text in ticks.index], xlabel="accuracy (%)")
+            ax.set_ylim(place["at"].max() + 0.8, -0.8)
             ax.tick_params(labelbottom=True)
+        limits, set_limits = (ax.get_ylim(), ax.set_ylim) if curves else (ax.get_xlim(), ax.set_xlim)
+        margin = max(0, MIN_SPAN - (limits[1] - limits[0])) / 2
+        set_limits(limits[0] - margin, limits[1] + margin)
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
-    figure.suptitle(table.title, fontsize=11)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 * columns, frameon=False)
+    figure.suptitle(textwrap.fill(table.title, 20 + 30 * columns), fontsize=11)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=across, frameon=False)
     return figure
 
 
@@ -134,8 +183,11 @@ def render(figure: Figure, kind: str) -> bytes:
 
 
 def example_predictions(runs: pd.DataFrame, n: int) -> tuple[str, list[tuple[bytes, str]]]:
-    """The first run that can be loaded, LoGoPrompt's before others', and pictures with captions of its predictions."""
-    runs = runs.assign(other=~runs.method.str.startswith("LoGoPrompt")).sort_values(["other", "seed"], kind="stable")
+    """The first run that can be loaded, of LoGoPrompt as shipped if possible, and pictures with captions."""
+    shipped = ~runs.overrides.map(lambda overrides: any(key.startswith("TRAINER.") for key in overrides)).astype(bool)
+    shipped &= (runs.method == "LoGoPrompt") & ((runs.kind != "ablation") | (runs.scope == "shipped"))
+    runs = runs.assign(other=~shipped, foreign=~runs.method.str.startswith("LoGoPrompt"), flags=runs.warnings.str.len())
+    runs = runs.sort_values(["other", "foreign", "flags", "seed"], kind="stable")
     reason = ""
     for run in runs.drop_duplicates(["method", "dataset", "backbone"]).head(4 if n else 0).itertuples():
         try:
@@ -172,21 +224,32 @@ def predict(folder: str, n: int) -> list[tuple[bytes, str]]:
     pictures = []
     for explanation in sorted(found, key=lambda explanation: explanation.selected == 0)[:n]:
         buffer, path, predicted = io.BytesIO(), explanation.prediction.path, explanation.prediction.classes[0]
+        explanation.truth = truth[path]
         explanation.draw().save(buffer, "png")
         verdict = "right" if predicted == truth[path] else "wrong"
         pictures.append((buffer.getvalue(), f"{'/'.join(Path(path).parts[-2:])}: {verdict}, {predicted}"))
     return pictures
 
 
-def page(report: Report, figure_files: dict[str, bytes], run: str, pictures: list[tuple[bytes, str]]) -> str:
-    """``report.html``: the Markdown with CSS and pictures inside."""
-    text = markdown(report, list(figure_files)) + f"\n## Example predictions ({clean(run)})\n" * bool(pictures)
-    for i, (_, caption) in enumerate(pictures):
-        text += f"\n![{clean(caption)}](picture-{i})\n\n{clean(caption)}\n"
-    body = MarkdownIt("js-default").render(text)
-    for name, data in {**figure_files, **{f"picture-{i}": data for i, (data, _) in enumerate(pictures)}}.items():
-        kind = "png" if data.startswith(b"\x89PNG") else "svg+xml"
-        body = body.replace(f'src="{name}"', f'src="data:image/{kind};base64,{base64.b64encode(data).decode()}"')
+def page(report: Report, wide: Sequence[bytes], narrow: Sequence[bytes], run: str, pictures: list) -> str:
+    """``report.html``: the Markdown with narrower tables, CSS, and figures and pictures inside."""
+
+    def data(image: bytes) -> str:
+        kind = "png" if image.startswith(b"\x89PNG") else "svg+xml"
+        return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+    files = [f"{i}.svg" if figure else "" for i, figure in enumerate(wide)]
+    body = MarkdownIt("js-default").render(markdown(report, files))
+    tables = map(table_html, report.tables)
+    body = re.sub(r"<table>.*?</table>", lambda _: next(tables), body, flags=re.DOTALL)
+    for i, (figure, other) in enumerate(zip(wide, narrow)):
+        source = f'<source media="(max-width: 900px)" srcset="{data(other)}">'
+        body = re.sub(rf'<img src="{i}.svg"([^>]*)>', rf'<picture>{source}<img src="{data(figure)}"\1></picture>', body)
+    body, missing, end = body.partition(f"<h2>{MISSING}</h2>")
+    body += f"<h2>Example predictions ({escape(run)})</h2>" * bool(pictures)
+    for image, caption in pictures:
+        body += f'<figure><figcaption>{escape(caption)}</figcaption><img src="{data(image)}" alt=""></figure>'
+    body += f"<details><summary>{MISSING}</summary>{end}</details>" * bool(missing)
     return Path(__file__).with_suffix(".html").read_text(encoding="utf-8").replace("<!-- report -->", body)
 
 
@@ -196,8 +259,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=style)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, help=f"folders searched for {NAME}")
-    add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds that every cell must have")
-    add("--partial", action="store_true", help="make the report even if runs are missing")
+    add("--seeds", nargs="+", type=int, default=[], help="seeds that every cell must have; none: those of its row")
+    add("--partial", action="store_true", help="exit status 0 even if runs are missing")
     add("--out", type=Path, default=ROOT / "output" / "report", help="folder to write to")
     add("--predictions", type=int, default=6, metavar="N", help="test images with the predictions of one run; 0: none")
     args = parser.parse_args(argv)
@@ -207,20 +270,21 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         report = make_report(args.runs, sorted(set(args.seeds)))
         for line in (*report.gaps, *report.notes):
             print(line, file=sys.stderr)
-        if report.runs.empty and (args.partial or not report.gaps):
+        if report.runs.empty:
             raise UserError(f"{', '.join(map(str, args.runs))}: no {NAME} with a test accuracy of --seeds")
-        if report.gaps and not args.partial:
-            print(f"incomplete ({len(report.gaps)} lines above): use --partial to report anyway", file=sys.stderr)
-            return 1
-        files = {f"{name}.{kind}": render(f, kind) for name, f in figures(report.tables) for kind in ("png", "svg")}
-        svgs = {name: data for name, data in files.items() if name.endswith("svg")}
+        drawn, narrow = figures(report.tables), figures(report.tables, narrow=True)
+        files = {f"{name}.{kind}": render(f, kind) for name, f in drawn if f for kind in ("png", "svg")}
+        svgs = [files.get(f"{name}.svg", b"") for name, _ in drawn], [render(f, "svg") if f else b"" for _, f in narrow]
         columns = ["table", "section", "row", "column", "mean", "std", "n", "seeds", "published", "difference"]
         cells = pd.concat([table.cells.assign(table=table.title) for table in report.tables]).dropna(subset=["mean"])
+        runs = report.runs.drop(columns="settings")
+        runs["overrides"] = [", ".join(f"{key} {value}" for key, value in asked.items()) for asked in runs.overrides]
+        runs["warnings"] = runs.warnings.str.join("; ")
         texts = {
-            "runs.csv": report.runs.to_csv(index=False),
+            "runs.csv": runs.to_csv(index=False),
             "cells.csv": cells.astype({"n": int})[columns].to_csv(index=False),
-            "report.md": markdown(report, list(svgs)),
-            "report.html": page(report, svgs, *example_predictions(report.runs, args.predictions)),
+            "report.md": markdown(report, [f"{name}.svg" * bool(name) for name, _ in drawn]),
+            "report.html": page(report, *svgs, *example_predictions(report.runs, args.predictions)),
         }
         files.update((name, text.encode()) for name, text in texts.items())
         for name, data in files.items():
@@ -234,7 +298,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             print(f"error: {line}", file=sys.stderr)
         return 2
     print(markdown(report), *(args.out / name for name in texts), sep="\n")
-    return 0
+    if report.gaps and not args.partial:
+        print(f"incomplete ({len(report.gaps)} lines at the end of the report)", file=sys.stderr)
+    return int(bool(report.gaps) and not args.partial)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import numpy as np
 import pandas as pd
@@ -19,8 +20,9 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "trainers"))
 
 from prompting.errors import UserError
-from prompting.results import NAME, harmonic_mean, read_results, replacing  # noqa: F401 (replacing: for report.py)
+from prompting.results import NAME, harmonic_mean, read_results, replacing, selection_prospect  # noqa: F401 (for report.py)
 
+ROOT = Path(__file__).resolve().parents[1]
 RUN_MARKS = ("log.txt", "asked.txt", "prompt_learner")  # one of these in a folder: a run, finished or not
 TITLES = {
     "base2new": "Table 1: base-to-new",
@@ -35,9 +37,11 @@ ABOUT = {
     "domain_generalization": "The average includes the source, as in the paper.",
     "cross_dataset": "The average is over the targets (CoCoOp's convention).",
 }
-# Config keys that may differ between the seeds of a cell: they do not change what is trained.
-FREE_KEYS = ("SEED", "OUTPUT_DIR", "RESUME", "VERBOSE", "USE_CUDA", "DATASET.ROOT", "DATALOADER.NUM_WORKERS")
-FREE_KEYS += ("TRAIN.", "TEST.")
+# Config keys that make no row of their own: they do not change what is trained, or are shown otherwise.
+FREE_KEYS = ("SEED", "OUTPUT_DIR", "RESUME", "VERBOSE", "USE_CUDA", "TRAIN.", "TEST.", "MODEL.BACKBONE.")
+FREE_KEYS += ("DATALOADER.NUM_WORKERS", "DATASET.NAME", "DATASET.TITLE", "DATASET.ROOT", "DATASET.NUM_SHOTS")
+FREE_KEYS += ("DATASET.SUBSAMPLE_CLASSES", "OPTIM.MAX_EPOCH")
+PATH = r"(?:local-dir:|~|/|\.{1,2}/).*|.*\.(?:pt|pth|bin|safetensors)"  # a backbone in a file or folder
 H = np.vectorize(harmonic_mean, otypes=[float])
 PAPER_SHOTS = "16 shots"
 PAPER = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
@@ -80,20 +84,29 @@ class Run(NamedTuple):
     kind: str  # of TITLES
     scope: str  # the source of a transfer, the setting of an ablation, else empty
     method: str  # the trainer, with "+Adapter" or, for VP, "+TP" (text prompt) if it is on
-    backbone: str
-    config: str  # file in configs/trainers/<trainer>, without .yaml; empty if the folder is not named seed<N>
-    dataset: str  # DATASET.NAME
+    backbone: str  # of weights in a file its name
+    config: str  # file in configs/trainers/<trainer>, without .yaml; empty if not known
+    dataset: str  # DATASET.NAME; of an own folder DATASET.TITLE, else the name of the data root
     shots: int
     seed: int
     subset: str  # all, base or new
     accuracy: float  # in per cent
-    collapsed: bool
+    epochs: int
+    trained_on: str  # data set of the training, if it is another one
+    overrides: dict  # KEY VALUE pairs of the command; empty for runs that did not record them
+    seconds: Optional[float]
+    commit: Optional[str]
+    rise_true: float  # mean rise of the log-odds of the true class by its block; NaN without selection
+    rise_wrong: float  # the same of the most probable wrong class
+    warnings: list  # why the accuracy may not mean what it seems to
     learned: bool  # False: nothing was trained, the accuracy depends on neither seed nor shots
-    settings: dict  # config.yaml by dotted key, empty without that file
+    model_dir: str  # run whose model was evaluated; empty if it is this one's
+    settings: dict  # config.yaml of the training by dotted key, empty without that file
 
 
 INDEX = ["section", "row", "seed"]
-IDENTITY = list(Run._fields[1:10])  # two runs that agree in these are the same run
+CELL = ["method", "dataset", "scope", "shots", "subset"]  # runs that agree in these would share a cell
+ABOUT_ROWS = ["config", "backbone", "epochs", "trained on", "overrides", "run"]  # what tells rows of a method apart
 
 
 def find_runs(roots: Sequence[Path]) -> list[Path]:
@@ -120,19 +133,40 @@ def kind_and_scope(folder: Path, subset: str) -> tuple[str, str]:
     return kind, "" if kind == "few_shot" else scope
 
 
+@cache
+def read_settings(folder: Path) -> dict:
+    """``config.yaml`` of a run by dotted key, empty without that file. Raises ValueError."""
+    if not (file := folder / "config.yaml").exists():
+        return {}
+    text = file.read_text(encoding="utf-8")
+    # libyaml crashes on deeply nested text; a config takes 3,000 characters
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader) if len(text) < 20_000 else yaml.SafeLoader
+    content = yaml.load(text, Loader=loader)
+    if not content or not isinstance(content, dict):
+        raise ValueError("config.yaml holds no keys")
+    return pd.json_normalize(content, sep=".").iloc[0].to_dict()
+
+
+def data_name(dataset: str, settings: dict) -> str:
+    """A data set's name; of an own folder its title, or the data root with a slash in front."""
+    root = str(settings.get("DATASET.ROOT", "")).strip("/")
+    return (settings.get("DATASET.TITLE") or (root and f"/{root}") or dataset) if dataset == "Folder" else dataset
+
+
+def short_names(names: pd.Series, paths: pd.Series) -> pd.Series:
+    """Paths by their last part, or as many as tell them from others; other names as they are."""
+    short = names
+    for n in range(9, 0, -1):
+        tails = names.where(~paths, names.str.split("/").str[-n:].str.join("/"))
+        short = tails.where(names.groupby(tails).transform("nunique") == 1, short)
+    return short
+
+
 def read_run(folder: Path) -> Optional[Run]:
     """A finished run; None if it was not tested. Raises ValueError, KeyError, TypeError."""
-    settings, folder = {}, folder.resolve()
-    if (file := folder / "config.yaml").exists():
-        text = file.read_text(encoding="utf-8")
-        # libyaml crashes on deeply nested text; a config takes 3,000 characters
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader) if len(text) < 20_000 else yaml.SafeLoader
-        content = yaml.load(text, Loader=loader)
-        if not content or not isinstance(content, dict):
-            raise ValueError("config.yaml holds no keys")
-        settings = pd.json_normalize(content, sep=".").iloc[0].to_dict()
-    results = read_results(str(folder))
-    run, metrics = results["run"], results["metrics"]
+    folder = folder.resolve()
+    own, results = read_settings(folder), read_results(str(folder))
+    run, metrics, observed = results["run"], results["metrics"], results.get("observed", {})
     if not metrics or results["split"] == "val":
         return None
     accuracy = metrics["accuracy"]
@@ -143,43 +177,48 @@ def read_run(folder: Path) -> Optional[Run]:
     for key, kind in kinds.items():
         if type(run[key]) is not kind or (key == "subsample_classes" and subset not in ("all", "base", "new")):
             raise ValueError(f"{key} {run[key]!r}")
+    model, settings = run.get("model_dir") or "", own
+    if model:  # relative to where it ran, mostly the repository
+        model = str(next(filter(Path.is_dir, (Path(model), ROOT / model)), Path(model)).resolve())
+        settings = read_settings(Path(model)) or own
     method = trainer + "+Adapter" * bool(settings.get(f"TRAINER.{trainer.upper()}.ADAPTER"))
     method += "+TP" * (settings.get("TRAINER.VP.TEXT_PROMPT") == "learned" and trainer == "VP")
-    config = folder.parent.name if re.fullmatch(r"seed\d+", folder.name) else ""
-    place, learned = kind_and_scope(folder, subset), bool(run.get("trained") or run.get("model_dir"))
-    about = (method, backbone, config, dataset, shots, seed, subset, float(accuracy), bool(run.get("collapsed")))
-    return Run(str(folder), *place, *about, learned, settings)
+    config = folder.parent.name if re.fullmatch(r"seed\d+", folder.name) else Path(run.get("config_file") or "").stem
+    (kind, scope), learned = kind_and_scope(folder, subset), bool(run.get("trained") or model)
+    data, source = data_name(dataset, own), data_name(settings.get("DATASET.NAME", dataset), settings)
+    half = settings.get("DATASET.SUBSAMPLE_CLASSES", "all")
+    other = [Path(source).name] * (source != data) + [f"{half} classes"] * (half != "all" == subset)
+    trained_on = ", ".join(other) if learned and not scope else ""
+    warnings = [*results.get("warnings", ()), *["training collapsed"] * bool(run.get("collapsed"))]
+    rises = (observed.get(f"log_odds_rise_{which}", np.nan) for which in ("true", "wrong"))
+    about = (method, backbone, config, data, shots, seed, subset, float(accuracy), int(run.get("epochs") or 0))
+    about += (trained_on, run.get("overrides", {}), run.get("seconds"), run.get("commit"), *rises)
+    about += (warnings, learned, model)
+    return Run(str(folder), kind, scope, *about, settings)
 
 
 def read_runs(roots: Sequence[Path], seeds: Sequence[int]) -> tuple[pd.DataFrame, list[str], list[str]]:
-    """Runs, a row each; what makes the report incomplete; notes. UserError for a missing folder or a run in two."""
+    """Runs, a row each; what makes the report incomplete; notes. UserError for a missing folder."""
     folders, notes, found = find_runs(roots), [], []
     gaps = [f"unfinished: {folder} has no {NAME}" for folder in folders if not (folder / NAME).exists()]
     for folder in filter(lambda folder: (folder / NAME).exists(), folders):
         try:
             run = read_run(folder)
-        except (OSError, KeyError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        except (OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
             why = f" has no {error}" if isinstance(error, KeyError) else f": {' '.join(str(error).split())}"
             gaps.append(f"damaged: {folder / NAME}{why}")
             continue
         if run is None:
             notes.append(f"left out: {folder} has no accuracy on test images")
-        elif run.seed not in seeds and run.learned:
+        elif seeds and run.seed not in seeds and run.learned:
             notes.append(f"left out: {folder} has seed {run.seed}, which is not among --seeds")
         else:
             found.append(run)
-            notes += [f"collapsed: the training of {folder}"] * run.collapsed
     runs = pd.DataFrame(found, columns=list(Run._fields))
-    if same := [list(group.folder) for _, group in runs.groupby(IDENTITY, sort=False) if len(group) > 1]:
-        raise UserError(*(f"the same run {len(f)} times: {', '.join(f)}; name the folder of one" for f in same))
-    for _, group in runs.groupby([name for name in IDENTITY if name != "seed"], sort=False):
-        first, a = group.folder.iloc[0], group.settings.iloc[0]
-        for folder, b in zip(group.folder, group.settings):
-            keys = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and not k.startswith(FREE_KEYS)]
-            if a and b and keys:
-                what = ", ".join(f"{key} {b.get(key)}, not {a.get(key)}" for key in keys[:3])
-                gaps.append(f"mixed: {folder} has {what} as {first} has")
-    return runs.drop(columns="settings"), gaps, notes
+    if found:
+        runs["backbone"] = short_names(runs.backbone, runs.backbone.str.fullmatch(PATH))
+        runs["dataset"] = short_names(runs.dataset, runs.dataset.str.startswith("/"))
+    return runs, gaps, notes
 
 
 class Table(NamedTuple):
@@ -189,6 +228,7 @@ class Table(NamedTuple):
     title: str
     heads: tuple[str, str]  # what sections and rows are
     cells: pd.DataFrame  # section, row, column, mean, std, n, seeds, published, difference, best, text, versus
+    about: pd.DataFrame  # of every row: name, and as ABOUT_ROWS what tells it from others of that name
     notes: list[str]
 
 
@@ -196,7 +236,7 @@ class Report(NamedTuple):
     runs: pd.DataFrame
     gaps: list[str]  # what makes it incomplete
     notes: list[str]
-    seeds: Sequence[int]
+    seeds: Sequence[int]  # that every cell must have; empty: those of the runs in its row
     tables: list[Table]
 
 
@@ -206,13 +246,14 @@ def make_report(roots: Sequence[Path], seeds: Sequence[int]) -> Report:
     runs = report.runs.assign(
         order=report.runs.kind.map(list(TITLES).index),
         source=report.runs.scope.where(report.runs.kind != "ablation", ""),
-        less=-report.runs.shots.where(report.runs.kind != "few_shot", 0),  # there they are the columns
         shots_text=[f"{n} shot{'s' * (n > 1)}" if n > 0 else "all images" for n in report.runs.shots],
-    )
+    ).sort_values("model_dir", kind="stable")
+    several = runs.groupby(["kind", "dataset"]).shots.transform("nunique") > 1
+    runs["less"] = -runs.shots.where((runs.kind != "few_shot") | ~several, 0)  # else they are the columns
     runs["column"] = runs.shots_text.where(runs.kind == "few_shot", "accuracy")
     runs["column"] = runs.subset.where(runs.kind == "base2new", runs.column)
     for (order, *_), group in runs.groupby(["order", "source", "less"]):
-        group = with_rows(group)
+        group = with_rows(group, report)
         if order < list(TITLES).index("ablation"):
             report.tables.append(setting_table(group, report))
         else:
@@ -220,25 +261,60 @@ def make_report(roots: Sequence[Path], seeds: Sequence[int]) -> Report:
     return report
 
 
-def with_rows(runs: pd.DataFrame) -> pd.DataFrame:
-    """Add ``row``: the method, with config and backbone if there are several of them."""
+def with_rows(runs: pd.DataFrame, report: Report) -> pd.DataFrame:
+    """Runs of a table, each once, with ``ABOUT_ROWS`` (empty where they tell nothing apart) and their ``row``."""
+    settings = pd.DataFrame([s if learned else {} for s, learned in zip(runs.settings, runs.learned)], runs.index)
+    settings = settings.astype(str).where(settings.notna())
+    settings = settings.loc[:, ~settings.columns.astype(str).str.startswith(FREE_KEYS) & (settings.nunique() > 1)]
+    settings = settings.fillna(settings.mode().head(1).squeeze())  # a key of another version is no difference
+    asked = {key for overrides in runs.overrides for key in overrides}
+    keys = sorted(settings, key=lambda key: (key not in asked, key))
     # Configs that differ in epochs alone (_ep50, CoOp's schedule) are one row unless a data set has several of them.
-    runs = runs.assign(family=runs.config.str.replace(r"_ep\d+", "", regex=True))
-    keys = ["method", "backbone", "family"]
-    runs["several"] = runs.groupby([*keys, "dataset", "shots"]).config.transform("nunique") > 1
-    runs["family"] = runs.config.where(runs.groupby(keys).several.transform("any"), runs.family)
-    runs["row"] = [f"{r.method} ({', '.join(filter(None, [r.family, r.backbone]))})" for r in runs.itertuples()]
-    return runs.assign(row=runs.row.where(runs.groupby("method").row.transform("nunique") > 1, runs.method))
+    config = runs.config.where(runs.config != "")  # not known is no difference
+    family = config.str.replace(r"_ep\d+", "", regex=True)
+    told = runs[CELL].assign(**{"trained on": runs.trained_on, "backbone": runs.backbone, "family": family})
+    told = told.assign(epochs=runs.epochs.where(runs.learned, 0).astype(str), config=config).join(settings[keys])
+    shown = ["trained on"]
+    for name in told.columns[len(CELL) + 1 :]:
+        within = ["method"] if name in ("backbone", "family") else CELL  # rows of several data sets share a backbone
+        varies = told.groupby(within + shown * (name not in asked))[name].transform("nunique") > 1
+        told[name] = told[name].where(varies.groupby(told.method).transform("any"), "").fillna("")
+        shown.append(name)
+    told["config"] = told.config.where(told.config != "", told.family)
+    for key in keys:  # the usual value is not mentioned
+        usual = told.groupby(["method", key])[key].transform("size") * 2 > told.groupby("method")[key].transform("size")
+        told[key] = told[key].where(~usual, "")
+    short = {key: key.split(".", 2)[-1] if key.startswith("TRAINER.") else key for key in keys}
+    told["overrides"] = [", ".join(f"{short[k]} {t[k]}" for k in keys if t[k]) for t in told.to_dict("records")]
+    named = {"backbone_of_run": runs.backbone, "epochs_of_run": runs.epochs.where(runs.learned, "").astype(str)}
+    runs = runs.assign(**named, family=family).drop(columns=ABOUT_ROWS, errors="ignore")
+    runs = runs.join(told[ABOUT_ROWS[:-1]]).assign(run="")
+    same = [*CELL, *ABOUT_ROWS, "seed"]
+    model = runs.model_dir.where(runs.model_dir != "", runs.folder)
+    for name in (model, runs.folder):  # other accuracies for no recorded reason
+        for _, group in runs.groupby(same):
+            names, other = name[group.index], group.accuracy != group.accuracy.iloc[0]
+            for folder in names[other].unique():
+                runs.loc[name == folder, "run"] = os.path.relpath(folder, os.path.commonpath(list(names)))
+    first = runs.groupby(same).folder.transform("first")
+    again = runs[first != runs.folder]
+    report.notes.extend(f"counted once: {folder} repeats {first[i]}" for i, folder in again.folder.items())
+    runs = runs.drop(again.index)
+    epochs = runs.epochs.where(runs.epochs == "", runs.epochs + " epochs").replace("1 epochs", "1 epoch")
+    labels = runs[ABOUT_ROWS].assign(epochs=epochs, **{"trained on": ("on " + runs["trained on"]).replace("on ", "")})
+    labels = [", ".join(filter(None, label)) for label in labels.itertuples(index=False)]
+    return runs.assign(row=[f"{m} ({label})" if label else m for m, label in zip(runs.method, labels)])
 
 
 def setting_table(runs: pd.DataFrame, report: Report) -> Table:
     """Methods by data sets, with their average on top; the columns of few-shot runs are the numbers of shots."""
     kind, scope, shots = runs.iloc[0][["kind", "scope", "shots_text"]]
     title = TITLES[kind] + f" from {scope}" * bool(scope) + f", {shots}" * (kind != "few_shot")
-    columns = ["base", "new"] if kind == "base2new" else runs.sort_values("shots").column.unique()
-    values = runs.assign(section=runs.dataset).pivot(index=INDEX, columns="column", values="accuracy")
-    values = values.reindex(columns=columns)
-    info = runs.groupby("row").agg({"method": "first", "backbone": "first", "learned": "any"})
+    columns = list(runs.sort_values(["shots", "subset"]).column.unique())
+    title += f", {shots}" * (kind == "few_shot" and len(columns) == 1)
+    runs = runs.assign(section=runs.dataset)
+    values = runs.pivot(index=INDEX, columns="column", values="accuracy").reindex(columns=columns)
+    info = runs.groupby("row").agg({"method": "first", "backbone_of_run": "first", "learned": "any"})
     if kind == "few_shot":  # an untrained method has the same accuracy with all shots
         untrained = ~values.index.get_level_values("row").map(info.learned).to_numpy(bool)
         values[untrained] = values[untrained].ffill(axis=1).bfill(axis=1)
@@ -255,21 +331,26 @@ def setting_table(runs: pd.DataFrame, report: Report) -> Table:
         groups = values.loc[averaged].groupby(level=["row", "seed"])
         means = groups.mean().where(groups.count() == len(averaged))  # of the seeds that all data sets have
         values = pd.concat([pd.concat({next(iter(members)): means}, names=["section"]), values])
-    if kind == "base2new":
+    if {"base", "new"} <= set(columns):
         values["H"] = H(values.base, values.new)
     backbone, notes = PAPER.get(kind, {}).get("backbone", ""), [ABOUT[kind]] if kind in ABOUT else []
-    same = {row for row in rows if same_backbone(info.backbone[row], backbone)}
-    if (others := sorted(set(info.backbone.drop(same)))) and backbone:
+    same = {row for row in rows if same_backbone(info.backbone_of_run[row], backbone)}
+    if (others := sorted(set(info.backbone_of_run.drop(same)))) and backbone:
         notes.append(f"No comparison for {', '.join(others)}: the paper's backbone is {backbone}.")
-    lines = list(product(members, rows))
+    with_values = set(values.dropna(how="all").index.droplevel("seed"))
+    lines = [line for line in product(members, rows) if line in with_values]
     published = [
         published_value(kind, info.method[row], members[section], column if kind == "base2new" else "accuracy")
         if row in same and PAPER_SHOTS in (column, shots * (kind != "few_shot")) and scope in ("", "imagenet")
         else np.nan
         for (section, row), column in product(lines, values.columns)
     ]
-    cells = make_cells(values, lines, info.learned, published, title, report)
-    return Table(kind, title, ("data set", "method"), cells, notes)
+    cells = make_cells(values, lines, runs, published, title, report)
+    about = runs.drop_duplicates("row").set_index("row").rename(columns={"method": "name"})
+    for name in ("backbone", "epochs"):
+        about[name] = about[f"{name}_of_run"] if about[name].any() else ""
+    about = about.loc[rows, ["name", *ABOUT_ROWS]]
+    return Table(kind, title, ("data set", "method"), cells, about, notes + run_notes(runs))
 
 
 def ablation_table(runs: pd.DataFrame, report: Report) -> Table:
@@ -279,21 +360,38 @@ def ablation_table(runs: pd.DataFrame, report: Report) -> Table:
         spec = spec.replace({"scope": {"4c_16": "shipped"}})  # without initial words M is 16
     others = sorted(set(runs.scope) - set(spec.scope))
     spec = pd.concat([spec, pd.DataFrame({"section": "others", "row": others, "scope": others})])
-    values = spec.merge(runs[["scope", "seed", "accuracy"]]).set_index(INDEX)[["accuracy"]]
-    where = first.row if first.row != first.method else f"{first.method} ({first.backbone})"
+    where = first.row if first.row != first.method else f"{first.method} ({first.backbone_of_run})"
+    runs = spec.merge(runs.drop(columns="row"))
+    values = runs.set_index(INDEX)[["accuracy"]]
     title = f"{TITLES['ablation']}, {where} on {first.dataset}, {first.shots_text}"
-    lines, learned = list(zip(spec.section, spec.row)), pd.Series(True, spec.row.unique())
+    spec = spec[spec.scope.isin(runs.scope)]
+    lines = list(zip(spec.section, spec.row))
     comparable = (first.method, first.dataset, first.shots_text) == ("LoGoPrompt", "ImageNet", PAPER_SHOTS)
-    comparable &= same_backbone(first.backbone, "RN50")
+    comparable &= same_backbone(first.backbone_of_run, "RN50")
     note = f"No comparison: the paper's ablations are on ImageNet with RN50 and {PAPER_SHOTS}."
-    cells = make_cells(values, lines, learned, list(spec.published) if comparable else np.nan, title, report)
-    return Table("ablation", title, ("part", "setting"), cells, [] if comparable else [note])
+    cells = make_cells(values, lines, runs, list(spec.published) if comparable else np.nan, title, report)
+    about = pd.DataFrame({"name": spec.row.unique()}, spec.row.unique())
+    return Table("ablation", title, ("part", "setting"), cells, about, run_notes(runs) + [note] * (not comparable))
 
 
-def make_cells(values: pd.DataFrame, rows: list, learned: pd.Series, published: Any, title: str, report: Report):
+def run_notes(runs: pd.DataFrame) -> list[str]:
+    """Warnings of the runs in a table, and what their class-conditional images say about selection."""
+    notes, where = [], runs.row + " on " + runs.section + ", seed " + runs.seed.astype(str)
+    flagged = pd.DataFrame({"warning": runs.warnings, "where": where}).explode("warning").dropna()
+    for warning, group in flagged.groupby("warning", sort=False)["where"]:
+        others = f" and {len(group) - 3} more runs" * (len(group) > 3)
+        notes.append(f"† {'; '.join(group[:3])}{others}: {warning}.")
+    for row, group in runs.dropna(subset=["rise_true"]).groupby("row", sort=False):
+        of = f"{row}, mean of {len(group)} run{'s' * (len(group) > 1)}"
+        notes.append(f"{of}: {selection_prospect(group.rise_true.mean(), group.rise_wrong.mean())}")
+    return notes
+
+
+def make_cells(values: pd.DataFrame, rows: list, runs: pd.DataFrame, published: object, title: str, report: Report):
     """``Table.cells`` of accuracies by (section, row, seed) and column; adds to the gaps what lacks seeds."""
-    # rows: (section, row) in display order, with or without runs; one that is not learned needs one seed.
-    keys = ["section", "row", "column"]
+    # rows: (section, row) in display order; one that is not learned needs one seed.
+    keys, learned = ["section", "row", "column"], runs.groupby("row").learned.any()
+    seeds, own = report.seeds or set(runs.seed[runs.learned]), runs.groupby("row").seed.apply(set).map(sorted)
     long = values.melt(ignore_index=False, var_name="column", value_name="value").dropna().reset_index()
     long = long.sort_values("seed", kind="stable").assign(text=long.seed.astype(str))
     stats = {"mean": ("value", "mean"), "std": ("value", "std"), "n": ("value", "size"), "seeds": ("text", " ".join)}
@@ -306,15 +404,16 @@ def make_cells(values: pd.DataFrame, rows: list, learned: pd.Series, published: 
     cells["difference"] = cells["mean"] - cells.published
     groups = (rounded := cells["mean"].round(2)).groupby(level=["section", "column"])
     cells["best"] = (groups.transform("count") > 1) & (rounded == groups.transform("max"))
-    few = cells.index.get_level_values("row").map(learned).to_numpy(bool) & (cells.n < len(report.seeds))
+    few = cells.index.get_level_values("row").map(learned).to_numpy(bool) & (cells.n < len(seeds))
     difference = cells.difference.round(2) + 0.0  # never -0.00
-    cells["text"] = text(cells["mean"], "{:.2f}") + text(cells["std"], " ± {:.2f}")
+    flagged = cells.index.isin(pd.MultiIndex.from_frame(runs.loc[runs.warnings.str.len() > 0, keys]))
+    cells["text"] = text(cells["mean"], "{:.2f}") + np.where(flagged, "†", "") + text(cells["std"], " ± {:.2f}")
     cells["text"] += text(cells.n.where(few), " (n={:.0f})")
     cells["versus"] = text(cells.published, "{:.2f} ") + text(difference, "({:+.2f})").str.replace("-", "\u2212")
     cells = cells.reset_index()
     gaps: dict[tuple[str, str, str], list[str]] = defaultdict(list)  # section, row, seeds -> columns
     for section, row, column, have in zip(cells.section, cells.row, cells.column, cells.seeds.fillna("")):
-        lack = [str(seed) for seed in report.seeds if learned[row] and str(seed) not in have.split()]
+        lack = [str(seed) for seed in report.seeds or own[row] if learned[row] and str(seed) not in have.split()]
         if (lack or not have) and column != "H" and not section.startswith("Average of "):
             gaps[section, row, ", ".join(lack)].append(column)
     for (section, row, lack), columns in gaps.items():

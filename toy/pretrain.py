@@ -2,6 +2,7 @@
 
     python toy/pretrain.py --out toy/tiny_clip.pt
     python toy/pretrain.py --vit --out toy/tiny_vit.pt     # the image encoder of "tiny-vit", half an hour on a core
+    python toy/pretrain.py --agreeing 500 --out agreeing.pt    # "tiny", fine-tuned on words that agree with a drawing
 
 Contrastive, as in CLIP, in OpenAI's state-dict layout. The model sees the kinds of ``drawing.py``, never in the styles
 of the data sets, and words, alone and on drawings. The same seed gives the same weights on one machine. The vision
@@ -37,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from toy.drawing import KINDS, STYLES, draw, named_colour
-from trainers.prompting.backbone import load_clip
+from trainers.prompting.backbone import TINY, load_clip
 from trainers.prompting.errors import UserError
 from trainers.prompting.paste import block_size, paste, places_of
 from trainers.prompting.render import contrast, render_blocks
@@ -65,6 +66,7 @@ CLASS_NAME_SHARE = 0.4  # of the words written
 # a word that is not the object's name. First the model learns to see and to read. Then it sees more objects with words
 # that the captions mostly do not mention: otherwise a word outweighs an object that is hard to see.
 MIXTURES = (((0.34, 0.30, 0.12, 0.24), 0.75), ((0.28, 0.22, 0.10, 0.40), 0.3))
+AGREEING = (0.28, 0.20, 0.40, 0.12), 0.3  # of --agreeing: a word on a drawing is mostly its name
 
 # What captions say. A word is also captioned by the thing it stands for, as on the web.
 DRAWING_CAPTIONS = ("a photo of {kind}.", "a photo of {kind}.", "a photo of {coloured}.", "a drawing of {kind}.",
@@ -135,8 +137,11 @@ def drawings(n: int, seed: int) -> tuple[np.ndarray, list[tuple[str, str, str, s
 class Samples(Dataset):
     """Sample i: (image (3, SIZE, SIZE) uint8, caption). The first ``n_first`` are drawn from the first mixture."""
 
-    def __init__(self, images: np.ndarray, facts: Sequence[tuple], seed: int, n: int, n_first: int) -> None:
+    def __init__(
+        self, images: np.ndarray, facts: Sequence[tuple], seed: int, n: int, n_first: int, mixtures: tuple = MIXTURES
+    ) -> None:
         self.images, self.facts, self.seed, self.n, self.n_first = images, facts, seed, n, n_first
+        self.mixtures = mixtures
         self.kinds, self.words = tuple(KINDS), tuple(words())
 
     def __len__(self) -> int:
@@ -144,7 +149,7 @@ class Samples(Dataset):
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, str]:
         random = RandomState([self.seed, i, 1])
-        shares, mentioned = MIXTURES[i >= self.n_first]
+        shares, mentioned = self.mixtures[i >= self.n_first]
         show = int(np.searchsorted(np.cumsum(shares), random.rand()))
         image, caption = self._word(random) if show == WORD else self._object(show, mentioned, random)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), caption
@@ -209,17 +214,20 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 def pretrain(args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Train. Returns the state dict in half precision, without BatchNorm's counters."""
-    device = torch.device(args.device)
+    """Train, or fine-tune ``tiny``. Returns the state dict in half precision, without BatchNorm's counters."""
+    device, mixtures = torch.device(args.device), MIXTURES
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     model = CLIP(EMBED_DIM, VISION, TEXT, quick_gelu=True).to(device, memory_format=torch.channels_last).train()
+    if args.agreeing:
+        model.load_state_dict(torch.load(TINY, weights_only=True), strict=False)  # without BatchNorm's counters
+        mixtures, args.steps, args.second_steps = (AGREEING, AGREEING), 0, args.agreeing
     groups = [{"params": [], "weight_decay": rate} for rate in (0.0, args.weight_decay)]
     for name, p in model.named_parameters():
         groups[p.ndim >= 2 and "embedding" not in name]["params"].append(p)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-6)
     n_first, n_second = (steps * args.batch_size for steps in (args.steps, args.second_steps))
-    samples = Samples(*drawings(args.drawings, args.seed), args.seed, n_first + n_second, n_first)
+    samples = Samples(*drawings(args.drawings, args.seed), args.seed, n_first + n_second, n_first, mixtures)
     mean, std = MEAN.to(device), STD.to(device)
     bar = tqdm(DataLoader(samples, args.batch_size, num_workers=args.workers), "steps", mininterval=5)
     for step, (images, captions) in enumerate(bar):
@@ -367,6 +375,7 @@ def arguments(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     for name, default in SETTINGS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="default: %(default)s")
     parser.add_argument("--vit", action="store_true", help="train the vision transformer of tiny-vit instead")
+    parser.add_argument("--agreeing", type=int, metavar="STEPS", help="fine-tune tiny on words that name drawings")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--report-only", action="store_true", help="evaluate the file --out")
     parser.add_argument("--sheet", help="plot samples into this file and do nothing else")

@@ -151,7 +151,7 @@ class CustomCLIP(HandMadePrompts):
             losses["text"] = F.cross_entropy(logits_of(images.features(), text), label)
             losses["image"] = F.cross_entropy(logits_of(image_features, super().text_features()), label)
         losses["class_aware"] = self.options.ALPHA * class_aware_loss(token_logits, candidates, label)
-        return Step(losses, logits)
+        return Step(losses, logits, counts={"class_aware": (candidates == label.unsqueeze(1)).sum()})
 
     def score(self, images: ImageBatch, text_features: torch.Tensor) -> torch.Tensor:
         """(B, C) logits of the learned image features and the learned text features."""

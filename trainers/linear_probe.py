@@ -51,6 +51,7 @@ def fit(features: np.ndarray, labels: np.ndarray, c: float):  # noqa: ANN201 (sc
 
     with warnings.catch_warnings():  # with hardly any regularisation it would take more steps; the search judges that
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes")  # with one image per class
         return LogisticRegression(C=c, max_iter=1000).fit(features, labels)
 
 

@@ -182,7 +182,7 @@ class CustomCLIP(Method):
             scores = torch.full_like(log_p, float("-inf")).scatter(1, candidates, conditional)
         else:
             scores = select(log_p, candidates, conditional)
-        return Comparison(scores, scores, log_p, candidates, conditional, places)
+        return Comparison(scores, scores, log_p, candidates, conditional, places, among_candidates=paired)
 
     def score(self, images: ImageBatch, text_features: torch.Tensor) -> torch.Tensor:
         """(B, C) log max(p(c|x), p(c|x_c)); -inf for classes that were not among the top K."""

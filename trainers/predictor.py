@@ -18,7 +18,7 @@ import os
 import stat
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext, redirect_stdout, suppress
 from itertools import islice, repeat
@@ -37,6 +37,7 @@ from yacs.config import CfgNode
 
 import trainers
 
+from .prompting.backbone import Backbone
 from .prompting.checkpoint import PROMPT_LEARNER, load_checkpoint
 from .prompting.data import normalisation, open_image, read_image
 from .prompting.errors import UserError
@@ -87,10 +88,20 @@ def survey(cfg: CfgNode) -> tuple[list[str], list[tuple[str, int]]]:
     return [names[label] for label in sorted(names)], [(os.path.join(images, i.path), i.label) for i in parts["test"]]
 
 
-def _without_data(trainer: type[PromptTrainer], classnames: Sequence[str]) -> type[PromptTrainer]:
-    """The trainer, with class names in place of a data set."""
+def _without_data(
+    trainer: type[PromptTrainer], classnames: Sequence[str], backbones: MutableMapping[Any, Any]
+) -> type[PromptTrainer]:
+    """The trainer, with class names in place of a data set, and a backbone that is loaded unless it is there."""
 
     class Serving(trainer):
+        def load_backbone(self) -> tuple[Backbone, str]:
+            cfg, inputs = self.cfg, self.cfg.INPUT
+            checked = inputs.SIZE, inputs.PIXEL_MEAN, inputs.PIXEL_STD, "normalize" in inputs.TRANSFORMS
+            key = str((cfg.MODEL.BACKBONE, checked, self.method_class.precision(cfg), self.device))
+            if key not in backbones:
+                backbones[key] = super().load_backbone()
+            return backbones[key]
+
         def build_data_loader(self) -> None:
             self.dm = SimpleNamespace(dataset=SimpleNamespace(classnames=classnames, train_x=[], val=[], test=[]))
             self.train_loader_x = self.train_loader_u = self.val_loader = self.test_loader = None
@@ -111,9 +122,12 @@ class Predictor:
         backbone: CLIP weights, if they are no longer where the run had them.
         root: data root, see :func:`find_images`; default: the run's (``DATASET.ROOT``).
         batch_size: images scored at a time; default: as in the run's evaluation (``DATALOADER.TEST.BATCH_SIZE``).
+        options: KEY VALUE pairs that override the run's config.
+        backbones: loaded backbones, which predictors share that are given the same dictionary.
 
     Attributes:
         classnames: C class names.
+        warnings: what may make predictions worse than expected, a line each; also printed on stderr.
         trainer: the trainer with its model, on the device.
     """
 
@@ -126,8 +140,11 @@ class Predictor:
         backbone: str = "",
         root: str = "",
         batch_size: Optional[int] = None,
+        options: Sequence[Any] = (),
+        backbones: Optional[MutableMapping[Any, Any]] = None,
     ) -> None:
         cfg = self.cfg = run_config(model_dir := os.path.expanduser(model_dir))
+        cfg.merge_from_list(list(options))
         if root and not os.path.isdir(os.path.expanduser(root)):
             raise UserError(f"{root}: no such folder (--root)")
         cfg.DATASET.ROOT = root or cfg.DATASET.ROOT
@@ -143,21 +160,46 @@ class Predictor:
         self.classnames = self._choose_classes(classnames, model_dir, folder, checkpoint)
         if backbone:
             cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.WEIGHTS = backbone, ""
+        self._build(kind, lambda trainer: trainer.load_model(folder, epoch), backbones)
+
+    @classmethod
+    def untrained(
+        cls, cfg: CfgNode, classnames: Sequence[str], backbones: Optional[MutableMapping[Any, Any]] = None
+    ) -> Predictor:
+        """A predictor of ``cfg.TRAINER.NAME`` as it is before training, from a config of ``train.py``.
+
+        LoGoPrompt with generic text prompts and a context of words is then zero-shot CLIP with selection.
+        """
+        self = cls.__new__(cls)
+        self.cfg, self.batch_size = cfg.clone(), cfg.DATALOADER.TEST.BATCH_SIZE
+        self.cfg.defrost()
+        self.classnames = self._choose_classes(classnames, "", "", {})
+        self._build(TRAINER_REGISTRY.get(cfg.TRAINER.NAME), lambda trainer: None, backbones)
+        return self
+
+    def _build(
+        self,
+        kind: type[PromptTrainer],
+        load: Callable[[PromptTrainer], None],
+        backbones: Optional[MutableMapping[Any, Any]],
+    ) -> None:
+        """The trainer with its model; ``load`` loads what it learned."""
+        cfg = self.cfg
         cfg.OUTPUT_DIR, cfg.MODEL.INIT_WEIGHTS, cfg.TRAINER.LOGOPROMPT.VIEWS = os.devnull, "", 0  # concern training
         cfg.TRAIN.COMPILE = False  # takes minutes
         cfg.freeze()
         output = io.StringIO()
         with redirect_stdout(output):
-            self.trainer = _without_data(kind, self.classnames)(cfg)
+            self.trainer = _without_data(kind, self.classnames, {} if backbones is None else backbones)(cfg)
             if self.trainer.checkpointer is not None:
-                self.trainer.load_model(folder, epoch)
+                load(self.trainer)
             self.trainer.set_model_mode("eval")
             self.transform = build_transform(cfg, is_train=False)
             with torch.no_grad(), self.trainer.autocast:
                 self.text_features = self.trainer.model.text_features()
-        for line in output.getvalue().splitlines():
-            if line.startswith(BUILD_WARNINGS):
-                print(line, file=sys.stderr)
+        self.warnings = [line for line in output.getvalue().splitlines() if line.startswith(BUILD_WARNINGS)]
+        for line in self.warnings:
+            print(line, file=sys.stderr)
         self._large = Lock()
         self._mean, self._std = normalisation(cfg)
 
@@ -254,7 +296,7 @@ class Predictor:
                 compared = vars(self.compare(images)).values()
             except torch.cuda.OutOfMemoryError as error:
                 raise UserError(f"--batch-size {self.batch_size}: too many images for the GPU's memory") from error
-            rows = map(Comparison, *(repeat(None) if value is None else value.split(1) for value in compared))
+            rows = map(Comparison, *(v.split(1) if isinstance(v, torch.Tensor) else repeat(v) for v in compared))
         for source, pixels in batch:
             prediction, found = Prediction(source.path, relative=source.relative), None
             if isinstance(pixels, str):

@@ -15,7 +15,8 @@ of the words with zeros in front (``CTX_PAD``). Their run with mixed precision e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -64,19 +65,18 @@ class CustomCLIP(LearnedContext):
         return super().config_errors(cfg) or unmet("TRAINER.PROGRAD.", options, padded)
 
     def loss(self, images: ImageBatch, label: torch.Tensor) -> Step:
-        """Cross-entropy; the KL term is logged, and :meth:`backward` takes its gradient from there."""
+        """Cross-entropy; the KL term is logged, and :meth:`combine` gets its gradient."""
         logits = self.score(images, self.text_features())
         teacher = self.backbone.logits(images.features(), self.hand_made)
         kl = distillation(logits, teacher, self.options.T)
         return Step({"loss": F.cross_entropy(logits, label)}, logits, {"kl": kl})
 
-    def backward(self, step: Step, scale: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def objectives(self, step: Step) -> list[torch.Tensor]:
+        return [step.total, step.log["kl"]]
+
+    def combine(self, gradients: list[list[Optional[torch.Tensor]]]) -> list[Optional[torch.Tensor]]:
         """Project gradients, per parameter. The scale of mixed precision leaves the projection as it is."""
-        parameters = list(self.learned.parameters())
-        general = torch.autograd.grad(scale(step.log["kl"]), parameters, retain_graph=True)
-        scale(step.total).backward()
-        for parameter, k in zip(parameters, general):
-            parameter.grad = aligned(parameter.grad, k, self.options.LAMBDA)
+        return [aligned(g, k, self.options.LAMBDA) for g, k in zip(*gradients)]
 
 
 def distillation(logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:

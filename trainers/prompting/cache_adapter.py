@@ -58,8 +58,9 @@ class CacheAdapter(nn.Module):
 
     def affinity(self, image_features: torch.Tensor) -> torch.Tensor:
         """(…, E) of unit length -> (…, N) cosines with the keys."""
-        keys = nn.functional.normalize(self.keys, dim=-1) if self.unit_length else self.keys
-        return image_features.to(keys.dtype) @ keys.t()
+        with torch.autocast(self.keys.device.type, enabled=False):  # exponentials magnify what half precision loses
+            keys = nn.functional.normalize(self.keys, dim=-1) if self.unit_length else self.keys
+            return image_features.to(keys.dtype) @ keys.t()
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         """(…, E) image features of unit length -> (…, C), to be added to the logits."""

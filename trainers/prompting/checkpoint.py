@@ -16,9 +16,10 @@ import torch
 import torch.nn as nn
 from yacs.config import CfgNode
 
-from .data import random_states, set_random_states
+from . import distributed
 from .errors import UserError
 from .names import flat_config, matching_names
+from .random_states import random_states, set_random_states
 from .results import replacing, write_text
 from .weights import load_tensors
 
@@ -258,7 +259,8 @@ class Checkpointer:
             self.scaler.load_state_dict(checkpoint["scaler"])
         if here and checkpoint.get("best"):
             self._best = checkpoint["best"]
-            self._write(self._best, directory, BEST)
+            if distributed.is_main():
+                self._write(self._best, directory, BEST)
         elif not here:
             checkpoint = {**checkpoint, "best_result": None}
         states = checkpoint.get("parts") or {}

@@ -1,13 +1,11 @@
-"""Images and random states: reading image files, the data set that Dassl's loaders use, and seeding."""
+"""Images: reading image files, and the data set that Dassl's loaders use."""
 
 from __future__ import annotations
 
-import hashlib
-import random
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Optional
@@ -21,6 +19,9 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import BatchSampler, DataLoader, get_worker_info
 from tqdm import tqdm
 from yacs.config import CfgNode
+
+from . import distributed
+from .random_states import seed_of, seeded, seeded_view
 
 # Only these formats are decoded, as far as this Pillow can; it starts another program for some others (EPS).
 Image.init()
@@ -134,15 +135,28 @@ class ImageDataset(DatasetWrapper):
     def __init__(self, *args: Any, view: Optional[int] = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.view = view
+        self.process = distributed.rank(), distributed.processes()  # a worker cannot ask
         self.epoch = torch.zeros((), dtype=torch.int64)
         if self.is_train and self.cfg.DATALOADER.NUM_WORKERS > 0:
             self.epoch.share_memory_()  # persistent workers see a new epoch through this
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """The images of a batch. In a worker, augmentation is a function of (seed, epoch, batch) alone."""
-        seed = seed_of(f"{max(self.cfg.SEED, 0)}/{int(self.epoch)}/{list(indices)}")
-        with seeded(seed) if self.is_train and get_worker_info() else nullcontext():
-            return [self[i] for i in indices]
+        """This process's share of a batch, with the batch's size in ``total``.
+
+        In a worker, the augmentation of an image is a function of (seed, epoch, batch, row) alone. Elsewhere images
+        draw from the global random states one after another, so those of other processes are augmented too.
+        """
+        rows = range(len(indices))
+        share = distributed.share(len(indices), *self.process).rows if self.is_train else slice(None)
+        if not (self.is_train and get_worker_info()):
+            found = [self[indices[row]] for row in rows][share]
+        else:
+            batch = f"{max(self.cfg.SEED, 0)}/{int(self.epoch)}/{list(indices)}"
+            found = []
+            for row in rows[share]:
+                with seeded(seed_of(f"{batch}/{row}")):
+                    found.append(self[indices[row]])
+        return [{**item, "total": len(indices)} for item in found]
 
     def decode(self, limit: float) -> None:
         """Keep all images decoded unless they take more than ``limit`` bytes; forked workers share that memory."""
@@ -192,63 +206,6 @@ def handle_last_batch(loader: DataLoader, drop_last: bool) -> DataLoader:
         return loader
     batches = BatchSampler(loader.sampler, size, drop_last=False)
     return DataLoader(loader.dataset, batch_sampler=batches, **{name: getattr(loader, name) for name in options})
-
-
-def seed_of(key: str) -> int:
-    """A seed below 2**32 that depends on ``key`` alone."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")
-
-
-def seeded_view(seed: int, index: int, view: int) -> AbstractContextManager[None]:
-    """Seed the augmentation of a training image in one of its views or passes."""
-    return seeded(seed_of(f"{max(seed, 0)}/{index}/{view}"))
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed every random state that an augmentation may use, and restore them afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.random.default_generator.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-def random_states() -> dict[str, Any]:
-    """The states of all random number generators, as plain types and tensors."""
-    version, numbers, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    numpy = {"kind": kind, "keys": _signed(keys), "position": int(position)}
-    return {
-        "python": {"version": version, "numbers": _signed(numbers), "gauss": gauss},
-        "numpy": {**numpy, "has_gauss": int(has_gauss), "cached": float(cached)},
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-    }
-
-
-def set_random_states(states: Any) -> None:
-    """Restore what :func:`random_states` returned; older checkpoints hold torch's state alone."""
-    if isinstance(states, torch.Tensor):
-        torch.set_rng_state(states)
-        return
-    python, numpy = states["python"], states["numpy"]
-    numbers, keys = (t.numpy().view(np.uint32) for t in (python["numbers"], numpy["keys"]))
-    random.setstate((python["version"], tuple(numbers.tolist()), python["gauss"]))
-    np.random.set_state((numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-
-
-def _signed(numbers: Any) -> torch.Tensor:
-    """Numbers below 2**32 as a tensor; torch 2.0 has no unsigned type of that size."""
-    return torch.from_numpy(np.array(numbers, dtype=np.uint32).view(np.int32))
 
 
 def normalisation(cfg: CfgNode) -> tuple[torch.Tensor, torch.Tensor]:

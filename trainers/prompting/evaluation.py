@@ -9,22 +9,26 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from yacs.config import CfgNode
 
+from . import distributed
 from .backbone import Backbone
 from .data import READER_VERSION, ordered_loader, read_image
 from .errors import UserError
 from .feature_store import FeatureStore, NotAStore, encoder_key, image_key
 from .image_batch import ImageBatch, StoredBatch
-from .method import Method
+from .method import Comparison, Method
 from .names import relative_path
 
 THREADS = min(8, os.cpu_count() or 1)  # decode images of which a store lacks something
+CHUNK = 4096  # predictions
 Batch = tuple[ImageBatch, torch.Tensor]  # images and their labels, (B,)
 
 
@@ -34,7 +38,7 @@ class Evaluation:
 
     split: str  # test or val
     metrics: dict[str, float]  # of Dassl's evaluator, accuracy in percent first
-    extra_metrics: dict[str, float] = field(default_factory=dict)  # of class-conditional images: percentages by name
+    extra_metrics: dict[str, float] = field(default_factory=dict)  # of class-conditional images, by name
     predictions: dict[str, int] = field(default_factory=dict)  # label by path relative to the data root
     warnings: list[str] = field(default_factory=list)  # why the numbers mean little
 
@@ -42,39 +46,57 @@ class Evaluation:
 def evaluate(method: Method, batches: Iterable[Batch], evaluator: Any, split: str, total: int) -> Evaluation:
     """Score all images with Dassl's evaluator. Raises UserError for scores that are not numbers."""
     evaluator.reset()
-    predictions: dict[str, int] = {}
-    labels: set[int] = set()
-    num_classes = compared = changed = correct_alone = 0
     text_features = method.text_features()
+    paths: list[str] = []
+    rows = [torch.empty(0, 3, dtype=torch.long)]  # label, prediction, and that of the original image alone, else -1
+    rises = [torch.empty(0, 2)]
     with tqdm(total=total, unit="image", disable=None) as bar:
         for images, label in batches:
             found = method.compare(images, text_features)
             check_scores(found.scores, images.paths)
-            evaluator.process(found.scores, label)
-            num_classes = found.scores.shape[1]
-            labels.update(label.tolist())
             predicted = found.scores.argmax(dim=1)
-            predictions.update(zip(images.paths, predicted.tolist()))
-            if found.candidates is not None:
-                alone = found.original.argmax(dim=1)
-                compared += len(images)
-                changed += int((alone != predicted).sum())
-                correct_alone += int((alone == label).sum())
+            alone = torch.full_like(predicted, -1) if found.candidates is None else found.original.argmax(dim=1)
+            paths += images.paths
+            rows.append(torch.stack([label, predicted, alone], dim=1).cpu())
+            if not (found.candidates is None or found.among_candidates):
+                rises.append(log_odds_rises(found, label).cpu())
             bar.update(len(images))
+    every = zip(*distributed.gather((paths, torch.cat(rows), torch.cat(rises))))
+    paths, rows, rises = list(chain.from_iterable(next(every))), *map(torch.cat, every)
+    num_classes = len(method.classnames)
+    for chunk in rows.split(CHUNK):  # Dassl's evaluator takes scores
+        evaluator.process(F.one_hot(chunk[:, 1], num_classes), chunk[:, 0])
+    label, predicted, alone = rows.unbind(dim=1)
     metrics = {key: float(value) for key, value in evaluator.evaluate().items()}
-    evaluation = Evaluation(split, metrics, predictions=predictions)
-    if compared:
-        evaluation.extra_metrics["changed_by_selection"] = 100 * changed / compared
-        evaluation.extra_metrics["accuracy_without_selection"] = 100 * correct_alone / compared
+    evaluation = Evaluation(split, metrics, predictions=dict(zip(paths, predicted.tolist())))
+    if (compared := alone >= 0).any():
+        found = {"changed_by_selection": alone != predicted, "accuracy_without_selection": alone == label}
+        evaluation.extra_metrics = {name: 100 * x[compared].double().mean().item() for name, x in found.items()}
+    if len(rises):
+        true, wrong = rises.mean(dim=0).tolist()
+        evaluation.extra_metrics |= {"log_odds_rise_true": true, "log_odds_rise_wrong": wrong}
     warning = ""
     if num_classes == 1:
         warning = "there is one class to choose from, so every prediction is correct"
-    elif len(labels) > 1 and len(set(predictions.values())) == 1:
+    elif len(label.unique()) > 1 and len(predicted.unique()) == 1:
         warning = "every image is predicted to be of the same class: nothing was learned, or training collapsed"
     if warning:
         print(f"WARNING: {warning}")
         evaluation.warnings.append(warning)
     return evaluation
+
+
+def log_odds_rises(found: Comparison, label: torch.Tensor) -> torch.Tensor:
+    """How much its own block raises the log-odds of the true class, and those of the most probable wrong class.
+
+    (N, 2), a row for every image whose candidates contain both. Probabilities are kept within [1e-6, 1 - 1e-6].
+    """
+    pairs = (found.original.gather(1, found.candidates), found.conditional)
+    before, after = (torch.logit(log_p.double().exp(), eps=1e-6) for log_p in pairs)
+    right = found.candidates == label.unsqueeze(1)
+    both = right.any(dim=1) & ~right.all(dim=1)
+    first = [mask[both].long().argmax(dim=1, keepdim=True) for mask in (right, ~right)]  # most probable first
+    return torch.cat([(after - before)[both].gather(1, column) for column in first], dim=1)
 
 
 def check_scores(scores: torch.Tensor, paths: Sequence[str], what: str = "scores") -> None:
@@ -96,7 +118,10 @@ class ImageSource:
     _encoder_key: Optional[bytes] = None  # hashes all weights: once per run
 
     def batches(self, loader: DataLoader, use_store: bool = True) -> Iterator[Batch]:
-        """All images of a loader with their labels. With a store, images are read only if it lacks something."""
+        """This process's part of the images of a loader, with labels. A store saves reading those that it knows."""
+        if distributed.processes() > 1:
+            items = distributed.part(loader.dataset.data_source)
+            loader = ordered_loader(self.cfg, items, loader.dataset.transform)
         store = self._open_store(loader.dataset.transform) if use_store else None
         with nullcontext() if store is None else closing(store):
             if store is not None:

@@ -14,7 +14,7 @@ from .names import clean_name, printable
 
 CELL, LINE = 2.2, 0.17  # inches: width of an image, height of a line
 CHARACTERS, PATH = 16, 50  # of a line below an image, and of a path; so many W fit
-INK, SELECTED = "#1f2933", "#1a7f37"
+INK, RIGHT, WRONG = "#1f2933", "#1a7f37", "#b42318"  # colours of names: neutral, right, wrong
 
 
 @dataclass
@@ -50,9 +50,13 @@ class Explanation:
     candidates: list[Candidate] = field(default_factory=list)  # most probable classes of x, most probable first
     selected: int = 0  # index of the predicted class among them
     font: str = ""  # of the captions; empty: DejaVu Sans
+    truth: str = ""  # the true class, if it is known
 
     def draw(self) -> Image.Image:
-        """One picture: the image, and the candidates with their class-conditional images and probabilities."""
+        """One picture: the image, and the candidates with their class-conditional images and probabilities.
+
+        The predicted class is framed. If the truth is known, its name is green, and that of a wrong prediction red.
+        """
         from matplotlib.figure import Figure
         from matplotlib.font_manager import FontProperties
 
@@ -68,24 +72,27 @@ class Explanation:
         axes = figure.subplots(1, len(ratios), gridspec_kw={"width_ratios": ratios})
         path = printable(self.prediction.path)
         path = path if len(path) <= PATH else f"…{path[1 - PATH :]}"
+        path += f"    true class: {printable(clean_name(self.truth))}" * bool(self.truth)
         figure.suptitle(path, x=0.01, ha="left", **text)
         axes[0].imshow(self.image, interpolation="bicubic")
         for axis in axes:
             axis.set(xticks=[], yticks=[], anchor="N")
-            axis.spines[:].set(visible=False, color=SELECTED, linewidth=4)
+            axis.spines[:].set(visible=False, color=INK, linewidth=4)
         if compared:
-            axes[0].set_xlabel("the image x\nx_c: with the name of c", loc="left", **text)
+            alone = f"x: {names[0]} {self.candidates[0].original:.2f}"
+            axes[0].set_xlabel(f"{alone}\nx_c: with the name of c", loc="left", **text)
         else:
             axes[1].set(xlim=(0, 1), ylim=(len(self.candidates) - 0.5, -0.9))
         for i, (candidate, name) in enumerate(zip(self.candidates, names)):
-            p, style = candidate.original, {**text, "color": SELECTED if i == self.selected else INK}
+            right, wrong = candidate.classname == self.truth, bool(self.truth) and i == self.selected
+            p, style = candidate.original, {**text, "color": RIGHT if right else WRONG if wrong else INK}
             if compared:
                 axes[i + 1].imshow(candidate.picture, interpolation="bicubic")
                 axes[i + 1].spines[:].set_visible(i == self.selected)
                 caption = f"{name}\n{p:.3f}  p(c|x)\n{candidate.conditional:.3f}  p(c|x_c)"
-                axes[i + 1].set_xlabel(caption + ("\nselected" if i == self.selected else ""), loc="left", **style)
+                axes[i + 1].set_xlabel(caption + "\npredicted" * (i == self.selected), loc="left", **style)
             else:
-                axes[1].barh(i, [1, p], 0.25, color=["#e3e8ec", style["color"]])
+                axes[1].barh(i, [1, p], 0.25, color=["#e3e8ec", style["color"]], ec=INK, lw=2 * (i == self.selected))
                 axes[1].text(0, i - 0.2, f"{p:.3f}  {' '.join(name.splitlines())}", va="bottom", **style)
         buffer = io.BytesIO()
         with warnings.catch_warnings():

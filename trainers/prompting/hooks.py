@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
 import torch.nn as nn
 from yacs.config import CfgNode
 
+from . import distributed
 from .method import Stage, TrainingData
 
 MIN_GAIN = 5.0  # percentage points above chance; losing half of less may be noise
@@ -121,8 +122,9 @@ class FiniteGuard:
                 raise FloatingPointError(f"{position}: {name} is no longer finite")
 
     def _fail(self, fault: str) -> None:
-        more = f" and {len(self._paths) - MAX_PATHS_SHOWN} more" if len(self._paths) > MAX_PATHS_SHOWN else ""
-        images = f"{', '.join(self._paths[:MAX_PATHS_SHOWN])}{more}"
+        paths = list(dict.fromkeys(chain.from_iterable(distributed.gather(list(self._paths)))))
+        more = f" and {len(paths) - MAX_PATHS_SHOWN} more" if len(paths) > MAX_PATHS_SHOWN else ""
+        images = f"{', '.join(paths[:MAX_PATHS_SHOWN])}{more}"
         raise FloatingPointError(f"{self._position}: {fault}; images of the batch: {images}")
 
 

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .backbone import Backbone
-from .data import image_of, seeded_view
+from .data import image_of
+from .distributed import Share
 from .feature_store import FeatureStore, digest
 from .paste import paste, uniform_of_paths
+from .random_states import seeded_view
 
 CHUNK = 256  # class-conditional images pasted and encoded at a time
 GRADIENT_CHUNK = 64  # the same where activations are held for a gradient
@@ -29,11 +31,18 @@ Key = tuple[int, int, int, int, int]  # image, view, class (-1: none), top, left
 class ImageBatch:
     """B images (B, 3, H, W), normalised, on the encoder's device, and features of their class-conditional copies.
 
-    At test time ``paths`` are their paths relative to the data root; in training None.
+    At test time ``paths`` are their paths relative to the data root; in training None. ``share`` says which rows of a
+    training batch they are, where several processes work on it.
     """
 
-    def __init__(self, backbone: Backbone, pixels: Tensor, paths: Optional[Sequence[str]] = None) -> None:
-        self.backbone, self.pixels, self.paths = backbone, pixels, paths
+    def __init__(
+        self,
+        backbone: Backbone,
+        pixels: Tensor,
+        paths: Optional[Sequence[str]] = None,
+        share: Optional[Share] = None,
+    ) -> None:
+        self.backbone, self.pixels, self.paths, self.share = backbone, pixels, paths, share
         self._raw: Optional[Tensor] = None
 
     def __len__(self) -> int:
@@ -69,7 +78,8 @@ class ImageBatch:
     def uniform(self, seed: int) -> Tensor:
         """(B, 2) numbers in [0, 1) that place the blocks: of (seed, path) at test time, else from torch's state."""
         if self.paths is None:
-            return torch.rand(len(self), 2, dtype=torch.float64)
+            total, rows = (len(self), slice(None)) if self.share is None else (self.share.total, self.share.rows)
+            return torch.rand(total, 2, dtype=torch.float64)[rows]
         return uniform_of_paths(self.paths, seed)
 
     def _encode(self) -> Tensor:

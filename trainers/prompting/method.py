@@ -12,7 +12,7 @@ Images, labels and text features are handed to it; it neither reads files nor kn
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Optional, Protocol
 
 import torch
@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from yacs.config import CfgNode
 
+from . import distributed
 from .backbone import Backbone
 from .config import Key, add_keys, rules_of, violations
 from .image_batch import ImageBatch
@@ -32,10 +33,22 @@ class Step:
     losses: dict[str, torch.Tensor]  # scalars by name; their sum is minimised
     logits: torch.Tensor  # (B, C) of the original images, for the training accuracy
     log: dict[str, torch.Tensor] = field(default_factory=dict)  # further scalars for TensorBoard, by name
+    # Number of terms that a loss is the mean of, by its name, () each; all other losses are means over the images.
+    counts: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def total(self) -> torch.Tensor:
         return sum(self.losses.values())
+
+    def part(self, share: distributed.Share) -> Step:
+        """What this process's share of a batch adds to the step of the whole batch, which is the sum over processes."""
+        if distributed.processes() == 1:
+            return self
+        counts = {name: count * bool(share.weight) for name, count in self.counts.items()}
+        totals = distributed.summed(counts)
+        weights = {name: count / totals[name].clamp(min=1) for name, count in counts.items()}
+        losses = {name: loss * weights.get(name, share.weight) for name, loss in self.losses.items()}
+        return replace(self, losses=losses, log={name: value * share.weight for name, value in self.log.items()})
 
 
 @dataclass
@@ -48,6 +61,7 @@ class Comparison:
     candidates: Optional[torch.Tensor] = None  # (B, K) classes compared; None: the original images decide alone
     conditional: Optional[torch.Tensor] = None  # (B, K) log p(c|x_c) of the candidates
     places: Optional[torch.Tensor] = None  # (B, 2) top and left of the blocks
+    among_candidates: bool = False  # whether ``conditional`` is a softmax over the candidates, not over all classes
 
 
 class TrainingData(Protocol):
@@ -130,8 +144,23 @@ class Method(nn.Module):
         return Step({"loss": F.cross_entropy(logits, label)}, logits)
 
     def backward(self, step: Step, scale: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Compute gradients; ``scale`` multiplies a loss by the scale of mixed precision."""
-        scale(step.total).backward()
+        """Set the gradients of what is learned; ``scale`` multiplies a scalar by the scale of mixed precision."""
+        parameters, gradients = list(self.learned.parameters()), []
+        for objective in (objectives := self.objectives(step)):
+            scale(objective).backward(retain_graph=objective is not objectives[-1])
+            gradients.append([p.grad for p in parameters])
+            self.learned.zero_grad(set_to_none=True)
+        distributed.sum_over_processes(g for each in gradients for g in each if g is not None)
+        for parameter, gradient in zip(parameters, self.combine(gradients)):
+            parameter.grad = gradient
+
+    def objectives(self, step: Step) -> list[torch.Tensor]:
+        """The scalars whose gradients :meth:`combine` needs; by default the loss."""
+        return [step.total]
+
+    def combine(self, gradients: list[list[Optional[torch.Tensor]]]) -> list[Optional[torch.Tensor]]:
+        """The gradient of every learned parameter from those of every objective; None where there is none."""
+        return gradients[0]
 
     def before_epoch(self, epoch: int) -> None:
         """Called before every epoch, counted from 0, of a resumed run too."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from yacs.config import CfgNode
@@ -47,3 +48,15 @@ def flat_config(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
     for key, value in cfg.items():
         flat.update(flat_config(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {prefix + key: value})
     return flat
+
+
+def command_settings(words: Sequence[str], cfg: CfgNode) -> dict[str, Any]:
+    """``config_file`` of a command, and as ``overrides`` those of its KEY VALUE pairs that differ from that file."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config-file=") else [word])]
+    pairs, values, written = dict(zip(words, words[1:])), flat_config(cfg), {}
+    path = pairs.get("--config-file", "")
+    with suppress(OSError), open(path, encoding="utf-8") as file:  # it may be gone by now
+        written = {key: CfgNode._decode_cfg_value(value) for key, value in flat_config(CfgNode.load_cfg(file)).items()}
+    missing = object()
+    asked = {key: values[key] for key in pairs if key in values and values[key] != written.get(key, missing)}
+    return {"config_file": path, "overrides": asked}

@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, Any
+from typing import IO, Any, Optional
 
 NAME = "results.json"
 TEMPORARY = re.compile(r"\..+-[0-9a-f]{12}\.tmp")
@@ -95,11 +96,35 @@ def harmonic_mean(base: float, new: float) -> float:
     return 2 * base * new / (base + new) if base + new else 0.0
 
 
+def code_version() -> Optional[str]:
+    """The commit of the code base, with "-dirty" if its files differ from it; None without git."""
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe"]
+    git += ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(git, capture_output=True, check=True, text=True, timeout=9).stdout.strip()
+    return None
+
+
 def described(run: dict[str, Any]) -> str:
     """Shots and seed of a run in words."""
     shots, seed = run["shots"], run["seed"]
     images = "all training images" if shots < 1 else f"{shots} shot{'s' * (shots > 1)}"
     return f"{images}, {'no seed' if seed < 0 else f'seed {seed}'}"
+
+
+def selection_prospect(true: float, wrong: float, unclear: float = 0.1) -> str:
+    """What two mean rises of log-odds by a class's own block say about selection (section 3.2.2), in words.
+
+    Of the true class and of the most probable wrong one; a difference below ``unclear`` counts as none.
+    """
+    if abs(true - wrong) < unclear:
+        verdict = "Both rise alike: selection mostly keeps the order of the candidates and loses what the blocks hide"
+    elif true > wrong:
+        verdict = "The true class gains more: selection can correct predictions"
+    else:
+        verdict = "The wrong class gains more: selection favours it over the true one"
+    rises = f"its log-odds by {true:+.2f}, that of the most probable wrong class its own by {wrong:+.2f}"
+    return f"The block of the true class raises {rises}. {verdict}."
 
 
 def main(argv: list[str]) -> int:

@@ -8,13 +8,14 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Optional
 
 from filelock import FileLock, Timeout
 
+from . import distributed
 from .errors import UserError
 
 LOCK = ".lock"  # in the run folder; the system releases it when its process ends, however that happens
@@ -27,7 +28,13 @@ _locks: dict[tuple[int, str], FileLock] = {}  # by process (a forked one holds n
 
 @contextmanager
 def locked(folder: str) -> Iterator[None]:
-    """Hold the lock of a folder, which may be nested. Raises UserError if another process holds it, or OSError."""
+    """Hold the lock of a folder, which may be nested. Raises UserError if another process holds it, or OSError.
+
+    Of the processes of one run (:mod:`.distributed`), the one that writes there holds it.
+    """
+    if not distributed.is_main():
+        yield
+        return
     os.makedirs(folder, exist_ok=True)
     real = os.path.realpath(folder)
     lock = _locks.setdefault((os.getpid(), real), FileLock(os.path.join(real, LOCK)))
@@ -59,22 +66,25 @@ class Stopped(SystemExit):
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
-        self.signal = signal.Signals(number).name
+        self.reason = f"stopped by {signal.Signals(number).name}"
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[Callable[[], None]]:
     """Let SIGINT and SIGTERM raise :class:`Stopped`, once: further signals do not disturb the shutdown.
 
-    Forked worker processes keep their own handlers.
+    Yields a function that ignores them from then on. Forked worker processes keep their own handlers.
     """
     owner, before = os.getpid(), {}
+
+    def ignore() -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
 
     def stop(number: int, frame: Optional[FrameType]) -> None:
         if os.getpid() != owner:
             raise KeyboardInterrupt
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
+        ignore()
         raise Stopped(number)
 
     if threading.current_thread() is threading.main_thread():  # only the main thread may handle signals
@@ -84,7 +94,7 @@ def stoppable() -> Iterator[None]:
     for number in before:
         signal.signal(number, stop)
     try:
-        yield
+        yield ignore
     finally:
         for number, known in before.items():
             signal.signal(number, known)
@@ -102,5 +112,7 @@ def quiet_threads() -> Iterator[None]:
 
 
 def command() -> str:
-    """The command line of this process, ready for a shell."""
+    """The command line of this run, ready for a shell."""
+    if distributed.processes() > 1:
+        return shlex.join(["torchrun", "--standalone", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"], *sys.argv])
     return shlex.join(getattr(sys, "orig_argv", [sys.executable, *sys.argv]))  # Python 3.9 has no orig_argv

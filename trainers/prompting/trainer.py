@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from typing import Any, Optional
 
 import PIL
@@ -19,17 +21,20 @@ from dassl.metrics import compute_accuracy
 from dassl.optim import build_lr_scheduler
 from yacs.config import CfgNode
 
+from . import distributed
 from .backbone import Backbone, check_name, load_clip, preprocessing
 from .checkpoint import BEST, PROMPT_LEARNER, Checkpointer
 from .config import DASSL_RULES, SHARED_KEYS, lost_overrides, rules_of, user_error_messages, violations
 from .dassl_compat import build_optimizer, dassl_errors, grad_scaler, patch_dassl_warmup
 from .data import ImageDataset, drawn_items, handle_last_batch, index_loader, ordered_loader, training_loader
+from .distributed import ProcessLost
 from .errors import UserError
 from .evaluation import Evaluation, FewShotFeatures, ImageSource, evaluate
 from .hooks import CollapseMonitor, EpochTimer, FiniteGuard, StageSchedule
 from .image_batch import ImageBatch, ViewCache
-from .method import Method
-from .results import described, remove_leftovers, write_results, write_text
+from .method import Method, Step
+from .names import command_settings
+from .results import code_version, described, remove_leftovers, write_results, write_text
 from .run_folder import Stopped, command, locked, quiet_threads, stoppable
 from .weights import load_init_weights
 
@@ -45,6 +50,7 @@ class PromptTrainer(TrainerX):
     evaluation: Optional[Evaluation] = None  # the last one
     training = False  # during and after train()
     model_dir = ""  # run folder whose model was loaded
+    words: Sequence[str] = sys.argv  # the command: --config-file and KEY VALUE pairs are recorded
 
     @classmethod
     def config_errors(cls, cfg: CfgNode) -> list[str]:
@@ -55,13 +61,15 @@ class PromptTrainer(TrainerX):
 
     def check_cfg(self, cfg: CfgNode) -> None:
         """Dassl's hook before data and weights are loaded. Raises UserError with all of :meth:`config_errors`."""
+        distributed.start(cfg.USE_CUDA)
         if errors := [*lost_overrides(sys.argv, cfg), *self.config_errors(cfg)]:
             raise UserError(*errors)
         adopt_preprocessing(cfg)
 
     def build_data_loader(self) -> None:
         """As in Dassl, with images read by :class:`ImageDataset`; with cached views the loader reads none."""
-        self.dm = DataManager(self.cfg, dataset_wrapper=ImageDataset)
+        with distributed.main_first():
+            self.dm = DataManager(self.cfg, dataset_wrapper=ImageDataset)
         loaders = ("train_loader_x", "train_loader_u", "val_loader", "test_loader")
         for name in (*loaders, "num_classes", "num_source_domains", "lab2cname"):
             setattr(self, name, getattr(self.dm, name))
@@ -74,8 +82,8 @@ class PromptTrainer(TrainerX):
         self.train_loader_x = handle_last_batch(self.train_loader_x, self.cfg.TRAIN.DROP_LAST)
 
     def build_model(self) -> None:
-        cfg = self.cfg
-        self.backbone, prec = load_backbone(cfg, self.method_class.precision(cfg), self.device)
+        cfg, self.started = self.cfg, time.monotonic()
+        self.backbone, prec = self.load_backbone()
         self.autocast = torch.autocast(self.device.type, torch.float16) if prec == "amp" else nullcontext()
         self.scaler = grad_scaler() if prec in self.method_class.scaled_precisions else None
         self.model = self.method_class(cfg, self.classnames, self.backbone).to(self.device)
@@ -103,6 +111,10 @@ class PromptTrainer(TrainerX):
         state = learned, self.optim, self.scaler, parts
         self.checkpointer = Checkpointer(cfg, self.classnames, *state, stage_keys, self.backbone.fingerprint)
 
+    def load_backbone(self) -> tuple[Backbone, str]:
+        """CLIP for this config, and the precision that it computes in."""
+        return load_backbone(self.cfg, self.method_class.precision(self.cfg), self.device)
+
     @property
     def classnames(self) -> list[str]:
         return list(self.dm.dataset.classnames)
@@ -119,11 +131,15 @@ class PromptTrainer(TrainerX):
         with training_session(self.cfg.OUTPUT_DIR, self.checkpointer):
             super().train()
 
+    def init_writer(self, log_dir: str) -> None:
+        if distributed.is_main():
+            super().init_writer(log_dir)
+
     def before_train(self) -> None:
         super().before_train()
         self._write_config()
         if isinstance(data := self.train_loader_x.dataset, ImageDataset):
-            data.decode(self.cfg.TRAIN.DECODED_GB * 2**30)
+            data.decode(self.cfg.TRAIN.DECODED_GB * 2**30 / distributed.processes())
 
     def before_epoch(self) -> None:
         super().before_epoch()
@@ -146,6 +162,7 @@ class PromptTrainer(TrainerX):
         self.monitor.after_epoch(self.epoch + 1)
         with self.autocast:
             self.sched.after_epoch(self.epoch)
+        distributed.copy_from_main(self.model.learned)
         super().after_epoch()
         self.checkpointer.after_epoch(self.epoch, self.best_result)
 
@@ -156,29 +173,37 @@ class PromptTrainer(TrainerX):
     def forward_backward(self, batch: dict[str, Any]) -> dict[str, float]:
         """A step; returns the loss and the accuracy on the batch's original images."""
         with self.timer.step():
-            label = batch["label"].to(self.device)
             position = f"{self._position()} batch [{self.batch_idx + 1}/{self.num_batches}]"
             self.guard.before_step(position, batch.get("impath", ()))
             with self.autocast:
-                if self.view_cache is None:
-                    images = ImageBatch(self.backbone, batch["img"].to(self.device, non_blocking=True))
-                else:
-                    images = self.view_cache.batch(batch["index"], self.epoch)
+                images, label, share = self._images(batch)
                 step = self.model.loss(images, label)
-            self._update(step)
+            accuracy = {"accuracy": compute_accuracy(step.logits, label)[0]}
+            step = replace(step, log={**step.log, **accuracy}).part(share)
+            losses, log = distributed.summed(step.losses), distributed.summed(step.log)
+            self._update(step, sum(losses.values()))
             self.model.after_step()
-            accuracy = compute_accuracy(step.logits, label)[0].item()
-            self.monitor.after_step(accuracy, len(label))
+            accuracy = log.pop("accuracy").item()
+            self.monitor.after_step(accuracy, share.total)
             if self.batch_idx + 1 == self.num_batches:
                 self.update_lr()
-            losses = step.losses if len(step.losses) > 1 else {}
-            for name, value in {**losses, **step.log}.items():
+            for name, value in {**(losses if len(losses) > 1 else {}), **log}.items():
                 self.write_scalar(f"train/{name}", value.item(), self.epoch * self.num_batches + self.batch_idx)
-            return {"loss": step.total.item(), "acc": accuracy}
+            return {"loss": sum(losses.values()).item(), "acc": accuracy}
 
-    def _update(self, step: Any) -> None:
+    def _images(self, batch: dict[str, Any]) -> tuple[ImageBatch, torch.Tensor, distributed.Share]:
+        """This process's images of a batch with their labels, and which part of the batch they are."""
+        if self.view_cache is None:
+            share = distributed.share(int(batch["total"][0]) if "total" in batch else len(batch["label"]))
+            images = ImageBatch(self.backbone, batch["img"].to(self.device, non_blocking=True), share=share)
+            return images, batch["label"].to(self.device), share
+        share = distributed.share(len(batch["index"]))  # indices are not loaded in shares
+        images = self.view_cache.batch(batch["index"][share.rows], self.epoch)
+        return images, batch["label"][share.rows].to(self.device), share
+
+    def _update(self, step: Step, loss: torch.Tensor) -> None:
         """Gradients and a step of the optimizer. Raises FloatingPointError instead of making parameters NaN."""
-        self.guard.check_loss(step.total)
+        self.guard.check_loss(loss)
         self.optim.zero_grad()
         self.model.backward(step, self.scaler.scale if self.scaler else lambda loss: loss)
         if self.scaler is None:
@@ -197,7 +222,9 @@ class PromptTrainer(TrainerX):
     ) -> None:
         """Dassl's hook: write ``prompt_learner/model.pth.tar-<epoch>``, or the best model."""
         name = model_name or (BEST if is_best else "")
-        self.checkpointer.save(epoch, directory, name, val_result, self.best_result)
+        if distributed.is_main():
+            self.checkpointer.save(epoch, directory, name, val_result, self.best_result)
+        distributed.barrier()
 
     def load_model(self, directory: str, epoch: Optional[int] = None) -> None:
         """Load what was learned from a run folder, see :meth:`Checkpointer.load`. Raises UserError."""
@@ -233,7 +260,8 @@ class PromptTrainer(TrainerX):
         print(f"Evaluate on the *{split}* set")
         batches = self.source.batches(loader, self.model.frozen_image_encoder)
         with self.autocast:
-            self.evaluation = evaluate(self.model, batches, self.evaluator, split, len(loader.dataset))
+            total = len(distributed.part(loader.dataset.data_source))
+            self.evaluation = evaluate(self.model, batches, self.evaluator, split, total)
         for key, value in {**self.evaluation.metrics, **self.evaluation.extra_metrics}.items():
             self.write_scalar(f"{split}/{key}", value, self.epoch)
         if not self.training:  # --eval-only; a training run writes its results when it ends
@@ -257,22 +285,31 @@ class PromptTrainer(TrainerX):
 
     def _write_config(self) -> None:
         """``config.yaml``: every key of this run, readable by people and by ``--config-file``."""
-        write_text(os.path.join(self.cfg.OUTPUT_DIR, "config.yaml"), self.cfg.dump())
+        if distributed.is_main():
+            write_text(os.path.join(self.cfg.OUTPUT_DIR, "config.yaml"), self.cfg.dump())
 
 
 @contextmanager
 def training_session(folder: str, checkpointer: Checkpointer) -> Iterator[None]:
     """Lock a run folder; a signal or a number that is not finite leaves a checkpoint of the last complete epoch."""
-    with locked(folder), stoppable(), quiet_threads():
-        for path in (folder, os.path.join(folder, PROMPT_LEARNER)):
+    with locked(folder), stoppable() as ignore_signals, quiet_threads():
+        for path in (folder, os.path.join(folder, PROMPT_LEARNER)) if distributed.is_main() else ():
             remove_leftovers(path)
         try:
-            yield
-        except Stopped as stop:
-            message = f"stopped by {stop.signal}: {checkpointer.write_last_epoch()}"
-            print(f"{message}; to continue, in {os.getcwd()}: {command()}", file=sys.stderr)
+            try:
+                yield
+            except ProcessLost:
+                ignore_signals()  # torchrun sends one to the others
+                raise
+        except (Stopped, ProcessLost) as stop:
+            if distributed.claim("last epoch"):
+                message = f"{stop.reason}: {checkpointer.write_last_epoch()}"
+                if distributed.claim("message"):
+                    print(f"{message}; to continue, in {os.getcwd()}: {command()}", file=sys.stderr)
             raise
         except FloatingPointError as error:
+            if not distributed.claim("last epoch"):
+                raise ProcessLost from error
             raise FloatingPointError(f"{error}; {checkpointer.write_last_epoch()}") from error
         except OSError as error:
             if error.errno and error.filename is None:  # TensorBoard and Dassl's log do not name the file
@@ -330,6 +367,8 @@ def cpu_has_bfloat16() -> bool:
 
 def write_run_results(trainer: PromptTrainer) -> None:
     """Write ``results.json`` and print the line that ends a run."""
+    if not distributed.is_main():
+        return
     cfg, evaluation, saved = trainer.cfg, trainer.evaluation or Evaluation("", {}), trainer.checkpointer
     warnings = [*(saved.warnings if saved else []), *(trainer.sched.warnings if trainer.training else [])]
     trained_with = saved.trained_with if saved else {}  # of a loaded model: its shots and seed, not the command's
@@ -344,6 +383,10 @@ def write_run_results(trainer: PromptTrainer) -> None:
         "epochs": trainer.epoch + 1 if saved else 0,
         "model_dir": trainer.model_dir,
         "collapsed": trainer.monitor.collapsed if trainer.training else None,
+        "processes": distributed.processes(),
+        **command_settings(trainer.words, cfg),
+        "seconds": round(time.monotonic() - trainer.started, 1),
+        "commit": code_version(),
     }
     results = {
         "metrics": evaluation.metrics,
@@ -351,6 +394,7 @@ def write_run_results(trainer: PromptTrainer) -> None:
         "split": evaluation.split or None,
         "images": len(evaluation.predictions),
         "classes": trainer.num_classes,
+        "classnames": trainer.classnames,
         "warnings": [*warnings, *evaluation.warnings],  # why the numbers may not mean what they seem to
         "run": run,
         "torch": torch.__version__,
