@@ -10,12 +10,13 @@ when it can be imported, otherwise from ``open_clip``; the features are the same
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import importlib.util
 import os
 from types import ModuleType
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn as nn
@@ -69,24 +70,65 @@ def load_clip(name: str, provider: str = "auto", quick_gelu: bool = True, weight
     ``weights`` is a file for an architecture of open_clip (``MODEL.BACKBONE.WEIGHTS``).
     """
     check_name(name, weights)
+    asked = name, provider, quick_gelu, weights
+    backbone, source = _load(*asked) if _reused is None else _reused.load(*asked)
+    quick = any(type(module).__name__ == "QuickGELU" for module in backbone.modules())
+    print(f"Activation: {'QuickGELU' if quick else 'GELU'} ({source})")
+    return backbone
+
+
+def _load(name: str, provider: str, quick_gelu: bool, weights: str) -> tuple[Backbone, str]:
+    """The backbone, and what its activation was read from."""
     path = TINIES.get(name) or (_openai_file(name) if name in OPENAI_MODELS else os.path.expanduser(name))
     if not os.path.isfile(path):
         made, source = create(name, os.path.expanduser(weights)), f"open_clip's config of {name}"
         try:
-            backbone = probed(*made, name)
+            return probed(*made, name), source
         except (ValueError, RuntimeError, AssertionError, IndexError) as error:
             raise name_error(name, f"does not work as a CLIP ({on_one_line(error)}); choose another model") from error
-    else:
-        backbone, source = _from_state_dict(_read_state_dict(path, name), name, provider), "OpenAI's"
-        if name not in (*OPENAI_MODELS, *TINIES):
-            folder, source = os.path.dirname(path), "MODEL.BACKBONE.QUICK_GELU"
-            if config := read_config(folder):
-                quick_gelu, source = config["model_cfg"].get("quick_gelu", False), os.path.join(folder, CONFIG)
-            _set_activation(backbone, quick_gelu)
-            backbone.pixel_mean, backbone.pixel_std = normalisation_of(config)
-    quick = any(type(module).__name__ == "QuickGELU" for module in backbone.modules())
-    print(f"Activation: {'QuickGELU' if quick else 'GELU'} ({source})")
-    return backbone
+    backbone, source = _from_state_dict(_read_state_dict(path, name), name, provider), "OpenAI's"
+    if name not in (*OPENAI_MODELS, *TINIES):
+        folder, source = os.path.dirname(path), "MODEL.BACKBONE.QUICK_GELU"
+        if config := read_config(folder):
+            quick_gelu, source = config["model_cfg"].get("quick_gelu", False), os.path.join(folder, CONFIG)
+        _set_activation(backbone, quick_gelu)
+        backbone.pixel_mean, backbone.pixel_std = normalisation_of(config)
+    return backbone, source
+
+
+class ReusedBackbone:
+    """The backbone that a process loaded last, of which its further runs get a copy each.
+
+    Building a model draws random numbers. A run that gets a copy continues with the random state that loading would
+    have left, which is known where an earlier run started from the same state (the same seed); else it loads.
+    """
+
+    def __init__(self) -> None:
+        self.asked: Any = None
+        self.random_states: dict[bytes, torch.Tensor] = {}  # after loading, by the state before
+
+    def load(self, *asked: Any) -> tuple[Backbone, str]:
+        """As :func:`_load`."""
+        stamps = [os.stat(file)[6:9] for file in map(os.path.expanduser, (asked[0], asked[3])) if os.path.isfile(file)]
+        before = torch.get_rng_state().numpy().tobytes()
+        if self.asked != (asked, stamps):
+            self.asked, self.random_states = None, {}
+        if before in self.random_states:
+            torch.set_rng_state(self.random_states[before])
+        else:
+            self.backbone, self.source = _load(*asked)
+            self.asked, self.random_states[before] = (asked, stamps), torch.get_rng_state()
+        # A tokenizer never changes, and takes as long to copy as the weights.
+        return copy.deepcopy(self.backbone, {id(self.backbone.tokenizer): self.backbone.tokenizer}), self.source
+
+
+_reused: Optional[ReusedBackbone] = None
+
+
+def reuse_backbone() -> None:
+    """Load the next run's backbone from memory if it is the last one's, in a process of several runs."""
+    global _reused
+    _reused = _reused or ReusedBackbone()
 
 
 def check_name(name: str, weights: str = "") -> None:
