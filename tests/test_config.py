@@ -21,7 +21,7 @@ TRAINERS = sorted(name for name, kind in KINDS.items() if issubclass(kind, Promp
 NAN, INF = math.nan, math.inf
 NUMBER, COUNT = [-1.0, NAN, INF], [0, -1]
 NONSENSE = {float: [NAN, INF], int: [-3], str: [" ", "/", "nothing"]}  # of texts at least one is refused
-ANY_VALUE = {"TRAINER.LOGOPROMPT.VISUAL_SEED", "DATASET.SPLIT_SEED"}
+ANY_VALUE = {"TRAINER.LOGOPROMPT.VISUAL_SEED", "DATASET.SPLIT_SEED", "DATASET.TITLE"}
 
 # For every rule of Dassl's own keys, values that break it.
 DASSL = {
