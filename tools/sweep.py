@@ -388,7 +388,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except Stopped as stop:
         became = executor.stop() if executor else "nothing was started"
         command = shlex.join([sys.executable, os.path.abspath(__file__), *argv])
-        print(f"stopped by {stop.signal}: {became}; to continue, in {here}: {command}", file=sys.stderr)
+        print(f"{stop.reason}: {became}; to continue, in {here}: {command}", file=sys.stderr)
         raise
     except Timeout:
         print(
