@@ -209,6 +209,7 @@ def test_sweep_has_the_scripts_results(command, data_root, rn_file, tmp_path):
         results = [read_results(str(folder)) for folder in (a, b)]
         for found in results:
             found["run"]["model_dir"] = found["run"]["model_dir"].rpartition("base2new")[2]
+            del found["run"]["seconds"], found["run"]["overrides"]["TEST.FEATURES"]  # a clock, and another folder
         assert results[0] == results[1]
         checkpoints = [p.relative_to(a) for p in a.glob("prompt_learner/*tar*")]
         assert len(checkpoints) == (kind == "train_base")
