@@ -47,6 +47,7 @@ row() {
 }
 
 NUMBER=0 TOTAL=$(($(wc -w <<< "$DATASETS") * $(wc -w <<< "$ROWS")))
+if [ "$TABLE" = figure3 ]; then TOTAL=$((5 * TOTAL)); fi
 trap 'echo "Interrupted in row $NUMBER of $TOTAL. The same command continues." >&2; exit 130' INT
 RUNS=$OUTPUT/table$TABLE # of rows that differ in a key have folders of their own
 for NAME in $DATASETS; do
@@ -64,7 +65,7 @@ for NAME in $DATASETS; do
             2) row few_shot.sh "$NAME" 16 ;;
             3) SOURCE=$NAME row domain_generalization.sh ;;
             4) row ablation.sh "$NAME" ;;
-            figure3) SHOTS="1 2 4 8 16" row few_shot.sh "$NAME" ;;
+            figure3) for SHOTS in 1 2 4 8 16; do row few_shot.sh "$NAME" "$SHOTS"; done ;;
         esac
     done
 done
