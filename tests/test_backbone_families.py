@@ -23,7 +23,7 @@ import backbones
 import trainers
 from datasets import shapes
 from trainers.predictor import Predictor
-from trainers.prompting import trainer as trainer_module
+from trainers.prompting import loading
 from trainers.prompting.backbone import load_clip, preprocessing
 from trainers.prompting.clip_model import PIXEL_MEAN, PIXEL_STD, Backbone
 from trainers.prompting.prompts import PromptLearner
@@ -158,7 +158,7 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("quickgelu", "SigLIP-i18n")])
 def test_methods_train_evaluate_resume_and_predict(loaded, data, family, tmp_path, monkeypatch):
     name, _, _, backbone = loaded(family)
-    monkeypatch.setattr(trainer_module, "load_clip", lambda *args, **kwargs: backbone)
+    monkeypatch.setattr(loading, "load_clip", lambda *args, **kwargs: backbone)
 
     def argv(trainer, out, flags=()):
         config = TRAINERS.get(trainer, TRAINERS["CoOp"])
@@ -281,17 +281,17 @@ def test_preprocessing_is_the_backbone_s(loaded):
     trainers.extend_cfg(cfg)
     cfg.MODEL.BACKBONE.NAME = loaded("SigLIP")[0]
     cfg.freeze()
-    trainer_module.adopt_preprocessing(cfg)
+    loading.adopt_preprocessing(cfg)
     assert cfg.is_frozen() and tuple(cfg.INPUT.SIZE) == (SIZE, SIZE)
     assert tuple(cfg.INPUT.PIXEL_MEAN) == (0.5, 0.5, 0.5) and tuple(cfg.INPUT.PIXEL_STD) == (0.25, 0.25, 0.25)
     cfg.defrost()
     cfg.INPUT.TRANSFORMS = ("normalize",)
-    trainer_module.load_backbone(cfg, "fp32", torch.device("cpu"))
+    loading.load_backbone(cfg, "fp32", torch.device("cpu"))
     for key, value in (("SIZE", (96, 96)), ("PIXEL_MEAN", list(PIXEL_MEAN)), ("PIXEL_STD", list(PIXEL_STD))):
         changed = cfg.clone()
         changed.INPUT[key] = value
-        trainer_module.adopt_preprocessing(changed)
-        message = one_line(lambda c=changed: trainer_module.load_backbone(c, "fp32", torch.device("cpu")))
+        loading.adopt_preprocessing(changed)
+        message = one_line(lambda c=changed: loading.load_backbone(c, "fp32", torch.device("cpu")))
         assert f"INPUT.{key} {tuple(value)}" in message and str(tuple(cfg.INPUT[key])) in message
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from datasets.splits import read_split
 from train import extend_cfg
-from trainers.prompting import trainer as trainer_module
+from trainers.prompting import loading
 from trainers.prompting.backbone import load_clip
 from trainers.prompting.checkpoint import BEST
 from trainers.prompting.data import MAX_ASPECT, handle_last_batch, read_image
@@ -303,7 +303,7 @@ def test_what_was_not_asked_for_is_named():
 
 
 def test_bfloat16_needs_a_cpu_that_has_it(run, monkeypatch):
-    monkeypatch.setattr(trainer_module, "cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(loading, "cpu_has_bfloat16", lambda: False)
     found = run("CoOp", "TRAINER.COOP.PREC", "bf16", "OPTIM.MAX_EPOCH", 1)
     assert "PREC bf16 needs a CPU with bfloat16 instructions: computing in float32" in found.log
     assert found.trainer.backbone.dtype == torch.float32

@@ -186,6 +186,11 @@ def ordered_loader(cfg: CfgNode, items: Sequence[Any], transform: Any, view: Opt
     return build_data_loader(cfg, data_source=items, tfm=transform, dataset_wrapper=wrapper, **sizes)
 
 
+def few_shot_loader(cfg: CfgNode, items: Sequence[Any], view: Optional[int] = None) -> DataLoader:
+    """A loader of images in their order, as in tests or augmented as in pass number ``view`` of training."""
+    return ordered_loader(cfg, items, build_transform(cfg, is_train=view is not None), view)
+
+
 def index_loader(items: Sequence[Any], batch_size: int) -> DataLoader:
     """Indices and labels of training images, without pixels, in random order and Dassl's batches."""
     rows = [{"index": i, "label": x.label, "domain": x.domain, "impath": x.impath} for i, x in enumerate(items)]

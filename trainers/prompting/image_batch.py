@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from . import distributed
 from .backbone import Backbone
 from .data import image_of
 from .distributed import Share
@@ -236,3 +237,16 @@ class ViewBatch(ImageBatch):
     def _encode_pasted(self, blocks: Tensor, owner: Tensor, classes: Tensor, places: Tensor, store: bool) -> Tensor:
         at, pairs = places.tolist(), zip(owner.tolist(), classes.tolist())
         return self._cache.look_up([(self._index[i], self._view, c, *at[i]) for i, c in pairs], blocks)
+
+
+def training_images(
+    batch: dict[str, Any], backbone: Backbone, views: Optional[ViewCache], epoch: int
+) -> tuple[ImageBatch, Tensor, Share]:
+    """This process's images of a batch from a loader, their labels (B,), and which part of the batch they are."""
+    device = backbone.logit_scale.device
+    if views is None:  # the loader has left out what others work on
+        share = distributed.share(int(batch["total"][0]) if "total" in batch else len(batch["label"]))
+        images = ImageBatch(backbone, batch["img"].to(device, non_blocking=True), share=share)
+        return images, batch["label"].to(device), share
+    share = distributed.share(len(batch["index"]))
+    return views.batch(batch["index"][share.rows], epoch), batch["label"][share.rows].to(device), share

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Optional
 
 import PIL
 import torch
-from dassl.config import get_cfg_default
 from dassl.data import DataManager
 from dassl.data.transforms import build_transform
 from dassl.engine import TrainerX
@@ -22,17 +21,18 @@ from dassl.optim import build_lr_scheduler
 from yacs.config import CfgNode
 
 from . import distributed
-from .backbone import Backbone, check_name, load_clip, preprocessing
+from .backbone import Backbone, check_name
 from .checkpoint import BEST, PROMPT_LEARNER, Checkpointer
 from .config import DASSL_RULES, SHARED_KEYS, lost_overrides, rules_of, user_error_messages, violations
 from .curves import Curves, describe
 from .dassl_compat import build_optimizer, dassl_errors, grad_scaler, patch_dassl_warmup
-from .data import ImageDataset, drawn_items, handle_last_batch, index_loader, ordered_loader, training_loader
+from .data import ImageDataset, drawn_items, few_shot_loader, handle_last_batch, index_loader, training_loader
 from .distributed import ProcessLost
 from .errors import UserError
 from .evaluation import Evaluation, FewShotFeatures, ImageSource, evaluate
 from .hooks import CollapseMonitor, EpochTimer, FiniteGuard, StageSchedule
-from .image_batch import ImageBatch, ViewCache
+from .image_batch import ImageBatch, ViewCache, training_images
+from .loading import adopt_preprocessing, load_backbone
 from .method import Method, Step
 from .names import command_settings
 from .results import code_version, described, remove_leftovers, write_results, write_text
@@ -89,7 +89,7 @@ class PromptTrainer(TrainerX):
         self.scaler = grad_scaler() if prec in self.method_class.scaled_precisions else None
         self.model = self.method_class(cfg, self.classnames, self.backbone).to(self.device)
         self.source = ImageSource(cfg, self.backbone, self.device, f"{prec}{', compiled' * cfg.TRAIN.COMPILE}")
-        self.data = FewShotFeatures(self.dm.dataset, cfg.DATASET.NAME, self._ordered_loader, self._encode)
+        self.data = FewShotFeatures(self.dm.dataset, cfg.DATASET.NAME, partial(few_shot_loader, cfg), self._encode)
         self.curves = Curves(cfg.OUTPUT_DIR)
         self.guard, self.timer, self.monitor = FiniteGuard(), EpochTimer(), CollapseMonitor(self.num_classes)
         if views := self.method_class.views(cfg):
@@ -184,7 +184,7 @@ class PromptTrainer(TrainerX):
             position = f"{self._position()} batch [{self.batch_idx + 1}/{self.num_batches}]"
             self.guard.before_step(position, batch.get("impath", ()))
             with self.autocast:
-                images, label, share = self._images(batch)
+                images, label, share = training_images(batch, self.backbone, self.view_cache, self.epoch)
                 step = self.model.loss(images, label)
             accuracy = {"accuracy": compute_accuracy(step.logits, label)[0]}
             step = replace(step, log={**step.log, **accuracy}).part(share)
@@ -198,16 +198,6 @@ class PromptTrainer(TrainerX):
             summary = {"loss": sum(losses.values()).item(), "acc": accuracy}
             self.curves.before_write(summary)
             return summary
-
-    def _images(self, batch: dict[str, Any]) -> tuple[ImageBatch, torch.Tensor, distributed.Share]:
-        """This process's images of a batch with their labels, and which part of the batch they are."""
-        if self.view_cache is None:
-            share = distributed.share(int(batch["total"][0]) if "total" in batch else len(batch["label"]))
-            images = ImageBatch(self.backbone, batch["img"].to(self.device, non_blocking=True), share=share)
-            return images, batch["label"].to(self.device), share
-        share = distributed.share(len(batch["index"]))  # indices are not loaded in shares
-        images = self.view_cache.batch(batch["index"][share.rows], self.epoch)
-        return images, batch["label"][share.rows].to(self.device), share
 
     def _update(self, step: Step, loss: torch.Tensor) -> None:
         """Gradients and a step of the optimizer. Raises FloatingPointError instead of making parameters NaN."""
@@ -290,9 +280,6 @@ class PromptTrainer(TrainerX):
         with self.autocast:
             return self.model.score(ImageBatch(self.backbone, image, [""] * len(image)), self.model.text_features())
 
-    def _ordered_loader(self, items: Any, view: Optional[int] = None) -> Any:
-        return ordered_loader(self.cfg, items, build_transform(self.cfg, is_train=view is not None), view)
-
     def _encode(self, image: torch.Tensor) -> torch.Tensor:
         with self.autocast:
             return self.backbone.encode_image(image.to(self.device))
@@ -329,54 +316,6 @@ def training_session(folder: str, checkpointer: Checkpointer) -> Iterator[None]:
             if error.errno and error.filename is None:  # TensorBoard and Dassl's log do not name the file
                 raise type(error)(error.errno, error.strerror, folder) from error
             raise
-
-
-def adopt_preprocessing(cfg: CfgNode) -> None:
-    """Set those of ``INPUT.SIZE``, ``PIXEL_MEAN`` and ``PIXEL_STD`` that have Dassl's defaults to the backbone's."""
-    default, backbone, frozen = get_cfg_default().INPUT, cfg.MODEL.BACKBONE, cfg.is_frozen()
-    cfg.defrost()
-    for key, value in preprocessing(backbone.NAME, backbone.WEIGHTS).items():
-        if tuple(cfg.INPUT[key]) == tuple(default[key]) != value:
-            cfg.INPUT[key] = type(default[key])(value)
-            print(f"INPUT.{key}: {value}, as {backbone.NAME} needs")
-    if frozen:
-        cfg.freeze()
-
-
-def load_backbone(cfg: CfgNode, prec: str, device: torch.device) -> tuple[Backbone, str]:
-    """CLIP on the device, frozen, and the precision that it computes in; "clip" is fp16 on a GPU, fp32 on a CPU.
-
-    Raises UserError where images would have another size or normalisation than in the backbone's pre-training.
-    """
-    name = cfg.MODEL.BACKBONE.NAME
-    print(f"Loading CLIP (backbone: {name})")
-    backbone = load_clip(name, quick_gelu=cfg.MODEL.BACKBONE.QUICK_GELU, weights=cfg.MODEL.BACKBONE.WEIGHTS)
-    size = backbone.input_resolution
-    if tuple(cfg.INPUT.SIZE) != (size, size):
-        raise UserError(f"INPUT.SIZE {tuple(cfg.INPUT.SIZE)}: {name} takes images of ({size}, {size}) pixels")
-    if "normalize" not in cfg.INPUT.TRANSFORMS:
-        raise UserError("INPUT.TRANSFORMS lacks normalize, which the backbone was trained with: add it")
-    for key, needed in (("PIXEL_MEAN", backbone.pixel_mean), ("PIXEL_STD", backbone.pixel_std)):
-        if any(abs(a - b) > 1e-3 for a, b in zip(cfg.INPUT[key], needed)):
-            raise UserError(f"INPUT.{key} {tuple(cfg.INPUT[key])}: {backbone.name} needs {needed}")
-    if prec == "clip":
-        prec = "fp16" if device.type == "cuda" else "fp32"
-    if device.type == "cpu" and (prec in ("fp16", "amp") or (prec == "bf16" and not cpu_has_bfloat16())):
-        needed = "a CPU with bfloat16 instructions" if prec == "bf16" else "a GPU"
-        print(f"PREC {prec} needs {needed}: computing in float32 on the CPU")
-        prec = "fp32"
-    if prec in ("fp16", "bf16"):
-        backbone.cast_weights(torch.float16 if prec == "fp16" else torch.bfloat16)
-    if cfg.TRAIN.COMPILE:
-        backbone.visual.compile()
-    return backbone.to(device), prec
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 instructions; without them bfloat16 is slower than float32."""
-    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", file.read()) is not None
-    return False
 
 
 def write_run_results(trainer: PromptTrainer) -> None:
