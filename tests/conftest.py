@@ -133,6 +133,11 @@ class Run:
         return json.loads((self.folder / "results.json").read_text())
 
     @property
+    def timeless(self):
+        """``results`` without their duration."""
+        return {**self.results, "run": {key: x for key, x in self.results["run"].items() if key != "seconds"}}
+
+    @property
     def log(self):
         """Of the last run; a further run in the folder starts a new file."""
         return max(self.folder.glob("log.txt*"), key=lambda path: path.stat().st_mtime_ns).read_text()

@@ -141,7 +141,7 @@ def test_interrupted_run_ends_as_an_unbroken_one(run, trainer):
         with pytest.raises(KeyboardInterrupt):
             run(trainer, *opts, prepare=interrupt(epoch))
     resumed = run(trainer, *opts)
-    assert resumed.trainer.start_epoch == 3 and resumed.results == unbroken.results
+    assert resumed.trainer.start_epoch == 3 and resumed.timeless == unbroken.timeless
     states = [run.checkpoint(4) for run in (unbroken, resumed)]
     assert differences(*states) == ["/config"]  # which names the output folder
     assert states[0]["optimizer"]["state"][0]["momentum_buffer"].abs().max() > 0
