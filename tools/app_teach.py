@@ -84,6 +84,7 @@ def prepare(folder: Path, classes: dict[str, list[Source]], method: str, model: 
     """A data set of these classes below ``folder``, and the arguments that train on all of it into ``folder/run``."""
     options = {"OPTIM.MAX_EPOCH": epochs, "TRAIN.DROP_LAST": False, "DATALOADER.NUM_WORKERS": 0}
     options |= {"TEST.NO_TEST": True, "TRAINER.TIPADAPTER.SEARCH": False}  # there are no other images
+    options["TRAIN.PRINT_FREQ"] = 100  # a command that sets it prints the ends of all epochs, which Training reads
     words = arguments(method, model, **options)
     for i, sources in enumerate(classes.values()):
         for part in ("train", "test"):  # the layout has both
