@@ -84,6 +84,12 @@ def test_a_mistake_is_reported_once(found, processes):
     assert found[processes]["errors"].count("NO_SUCH_KEY") == 1
 
 
+def test_a_mistake_in_the_first_run_is_reported_once(tmp_path):
+    process = torchrun(2, "train.py", "--config-file", "no such file", "--output-dir", tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and errors.count("error: no such file: no such file") == 1
+
+
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_shares_are_the_batch(total, count):
