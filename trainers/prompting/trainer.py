@@ -131,6 +131,7 @@ class PromptTrainer(TrainerX):
         if setting := self.method_class.validation(self.cfg):
             self.data.check_validation(*setting)
         self.training = True
+        code_version()  # before the code changes while this trains
         with training_session(self.cfg.OUTPUT_DIR, self.checkpointer):
             super().train()
 
