@@ -84,6 +84,12 @@ def test_a_mistake_is_reported_once(found, processes):
     assert found[processes]["errors"].count("NO_SUCH_KEY") == 1
 
 
+def test_a_mistake_in_the_first_run_is_reported_once(tmp_path):
+    process = torchrun(2, "train.py", "--config-file", "no such file", "--output-dir", tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and errors.count("error: no such file: no such file") == 1
+
+
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_shares_are_the_batch(total, count):
@@ -125,10 +131,8 @@ def test_killed_run_says_so_once_and_resumes_on_one_process(data_root, rn_file, 
     os.kill(process.pid if victim is None else process_of(process, victim), number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert (
-        errors.count("the last good checkpoint is") == 1
-        and errors.count("torchrun --standalone --nproc_per_node 2") == 1
-    )
+    again = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2 train.py"
+    assert errors.count("the last good checkpoint is") == errors.count(again) == 1
     assert not (tmp_path / "killed" / "results.json").exists()
 
     resumed = start(argv("killed"))

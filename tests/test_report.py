@@ -301,13 +301,17 @@ def test_a_run_that_is_found_twice_counts_once(tmp_path):
     assert len(pd.read_csv(tmp_path / "out" / "runs.csv")) == 1
 
 
-def test_seeds_with_other_settings_do_not_share_a_cell(tmp_path):
-    for seed, rate in ((1, 0.1), (2, 0.1), (3, 0.2)):
-        config = f"SEED: {seed}\nDATALOADER:\n  NUM_WORKERS: {seed}\nOPTIM:\n  LR: {rate}\n"
+@pytest.mark.parametrize(
+    "section, key, usual, other",
+    [("OPTIM", "LR", 0.1, 0.2), ("TRAIN", "DROP_LAST", True, False), ("TEST", "FINAL_MODEL", "last_step", "best_val")],
+)
+def test_seeds_with_other_settings_do_not_share_a_cell(tmp_path, section, key, usual, other):
+    for seed, value in ((1, usual), (2, usual), (3, other)):
+        config = f"SEED: {seed}\nDATALOADER:\n  NUM_WORKERS: {seed}\n{section}:\n  {key}: {value}\n"
         (make(tmp_path / "runs", "Food101", 50.0 + seed, seed) / "config.yaml").write_text(config)
     assert {row: cell["mean"] for (_, row, _), cell in good(tmp_path / "runs").items()} == {
         "LoGoPrompt": 51.5,
-        "LoGoPrompt (OPTIM.LR 0.2)": 53,
+        f"LoGoPrompt ({section}.{key} {other})": 53,
     }
 
 

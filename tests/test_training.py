@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import NAMES, arguments
 from yacs.config import CfgNode
 
+from trainers.prompting import distributed
 from trainers.prompting.backbone import load_clip
 from trainers.prompting.image_batch import ImageBatch
 from trainers.prompting.names import relative_path
@@ -272,3 +273,16 @@ def test_another_process_with_data_elsewhere_repeats_a_run(trained, data_root, r
     first = trained("LoGoPrompt")
     assert differences(first.outcome["state"], dict(state)) == []
     assert first.results["metrics"] == json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
+
+
+def test_processes_without_test_images_draw_as_the_others(run, monkeypatch):
+    trainer = run("ZeroshotCLIP", flags=["--eval-only"]).trainer
+    images, states = [], set()
+    monkeypatch.setattr(distributed, "processes", lambda: 99)
+    for rank in range(99):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        torch.manual_seed(0)
+        images += [path for batch, _ in trainer.source.batches(trainer.test_loader) for path in batch.paths]
+        states.add(torch.get_rng_state().numpy().tobytes())
+    assert images == list(trainer.evaluation.predictions) and len(images) < 99
+    assert len(states) == 1

@@ -38,7 +38,9 @@ ABOUT = {
     "cross_dataset": "The average is over the targets (CoCoOp's convention).",
 }
 # Config keys that make no row of their own: they do not change what is trained, or are shown otherwise.
-FREE_KEYS = ("SEED", "OUTPUT_DIR", "RESUME", "VERBOSE", "USE_CUDA", "TRAIN.", "TEST.", "MODEL.BACKBONE.")
+FREE_KEYS = ("SEED", "OUTPUT_DIR", "RESUME", "VERBOSE", "USE_CUDA", "MODEL.BACKBONE.NAME", "MODEL.BACKBONE.WEIGHTS")
+FREE_KEYS += ("TRAIN.CHECKPOINT_FREQ", "TRAIN.PRINT_FREQ", "TRAIN.TEXT_CHUNK", "TRAIN.COMPILE", "TRAIN.DECODED_GB")
+FREE_KEYS += ("TEST.FEATURES", "TEST.NO_TEST", "TEST.SPLIT", "TEST.PER_CLASS_RESULT", "TEST.COMPUTE_CMAT")
 FREE_KEYS += ("DATALOADER.NUM_WORKERS", "DATASET.NAME", "DATASET.TITLE", "DATASET.ROOT", "DATASET.NUM_SHOTS")
 FREE_KEYS += ("DATASET.SUBSAMPLE_CLASSES", "OPTIM.MAX_EPOCH")
 PATH = r"(?:local-dir:|~|/|\.{1,2}/).*|.*\.(?:pt|pth|bin|safetensors)"  # a backbone in a file or folder

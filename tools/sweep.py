@@ -365,7 +365,7 @@ def make_report(args: argparse.Namespace) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Returns the exit status; a signal raises SystemExit (130, 143)."""
-    argv, here, executor = sys.argv[1:] if argv is None else list(argv), os.getcwd(), None
+    argv, here, became = sys.argv[1:] if argv is None else list(argv), os.getcwd(), "nothing was started"
     try:
         args = parse(argv)
         os.chdir(ROOT)  # the names of configs are relative to it, as in the scripts
@@ -382,16 +382,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 executor = Slurm(state, args)
             else:
                 executor = Local(args.jobs)
-            sweep = Sweep({job.folder: job for job in jobs}, executor)
-            sweep.run()
-            executor.stop()
+            try:
+                sweep = Sweep({job.folder: job for job in jobs}, executor)
+                sweep.run()
+            finally:  # without it, the end of this process would wait for its workers
+                became = executor.stop()
             reported = make_report(args) if sweep.done else 0
             print(sweep.counts())
             for folder, why in sweep.failed.items():
                 print(f"failed: {folder}: {why}", file=sys.stderr)
             return 1 if sweep.failed or reported else 0
     except Stopped as stop:
-        became = executor.stop() if executor else "nothing was started"
         command = shlex.join([sys.executable, os.path.abspath(__file__), *argv])
         print(f"{stop.reason}: {became}; to continue, in {here}: {command}", file=sys.stderr)
         raise

@@ -12,7 +12,7 @@ fail() {
 }
 
 # --help: the comment at the top of the script, and the variables that all scripts read
-comment() { sed -n '2,/^[^#]/s/^#\( \|$\)//p' "$1"; }
+comment() { sed -nE '2,/^[^#]/s/^#( |$)//p' "$1"; }
 for WORD in "$@"; do
     if [ "$WORD" = --help ] || [ "$WORD" = -h ]; then
         comment "$0"

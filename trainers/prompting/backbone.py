@@ -109,7 +109,8 @@ class ReusedBackbone:
 
     def load(self, *asked: Any) -> tuple[Backbone, str]:
         """As :func:`_load`."""
-        stamps = [os.stat(file)[6:9] for file in map(os.path.expanduser, (asked[0], asked[3])) if os.path.isfile(file)]
+        files = filter(os.path.isfile, map(os.path.expanduser, (asked[0], asked[3])))
+        stamps = [(found.st_size, found.st_mtime_ns) for found in map(os.stat, files)]
         before = torch.get_rng_state().numpy().tobytes()
         if self.asked != (asked, stamps):
             self.asked, self.random_states = None, {}

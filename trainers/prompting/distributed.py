@@ -11,7 +11,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partialmethod
+from datetime import timedelta
+from functools import cache
 from typing import Any, Optional
 
 import torch
@@ -21,7 +22,10 @@ from tqdm import tqdm
 
 from .random_states import random_states, set_random_states
 
-_store: Optional[dist.Store] = None  # torchrun's: it outlives the processes
+# Processes wait for each other, for example while one of them reads a large data set. NCCL gives up after ten minutes.
+PATIENCE = timedelta(hours=12)
+
+_joined = False
 
 
 class ProcessLost(SystemExit):
@@ -48,21 +52,28 @@ class Share:
 
 def start(cuda: bool) -> None:
     """Join the other processes, on a GPU of its own each; silence stdout of all but the first. May be called again."""
-    global _store
-    if _store is not None or not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+    global _joined
+    if _joined or not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         return
+    _joined = True
     cuda = cuda and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     shared = cuda and int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count()  # NCCL needs a GPU per process
-    _store, number, count = next(dist.rendezvous("env://"))
-    dist.init_process_group(
-        "nccl" if cuda and not shared else "gloo", store=dist.PrefixStore("run", _store), rank=number, world_size=count
-    )
+    backend, (store, number, count) = "nccl" if cuda and not shared else "gloo", _rendezvous()
+    store = dist.PrefixStore("run", store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
     if not is_main():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
-        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
-    set_random_states(gather(random_states())[0])
+        shown = tqdm.__init__
+        tqdm.__init__ = lambda self, *args, **options: shown(self, *args, **{**options, "disable": True})
+    share_random_states()
+
+
+@cache
+def _rendezvous() -> tuple[dist.Store, int, int]:
+    """torchrun's store, which outlives the processes; rank and number of processes."""
+    return next(dist.rendezvous("env://"))
 
 
 def rank() -> int:
@@ -118,6 +129,12 @@ def summed(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return copies
 
 
+def share_random_states() -> None:
+    """Continue with the first process's random states in all of them."""
+    if processes() > 1:
+        set_random_states(gather(random_states())[0])
+
+
 def copy_from_main(module: nn.Module) -> None:
     """Give the module of every process the first one's parameters and buffers, so that they never drift apart."""
     if processes() > 1:
@@ -144,8 +161,10 @@ def main_first() -> Iterator[None]:
 
 def claim(what: str) -> bool:
     """Whether this is the first process of the run to ask; for what only one of them should do when the run ends."""
+    if not dist.is_torchelastic_launched():
+        return True
     try:
-        return _store is None or _store.add(f"claimed/{what}", 1) == 1
+        return _rendezvous()[0].add(f"claimed/{what}", 1) == 1
     except RuntimeError:  # torchrun is gone too
         return is_main()
 

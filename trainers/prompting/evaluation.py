@@ -131,7 +131,9 @@ class ImageSource:
     def batches(self, loader: DataLoader, use_store: bool = True) -> Iterator[Batch]:
         """This process's part of the images of a loader, with labels. A store saves reading those that it knows."""
         if distributed.processes() > 1:
-            items = distributed.part(loader.dataset.data_source)
+            if not (items := distributed.part(loader.dataset.data_source)):  # fewer images than processes
+                torch.empty((), dtype=torch.int64).random_()  # what a loader draws
+                return
             loader = ordered_loader(self.cfg, items, loader.dataset.transform)
         store = self._open_store(loader.dataset.transform) if use_store else None
         with nullcontext() if store is None else closing(store):

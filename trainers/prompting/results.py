@@ -17,6 +17,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import IO, Any, Optional
 
 NAME = "results.json"
@@ -96,8 +97,9 @@ def harmonic_mean(base: float, new: float) -> float:
     return 2 * base * new / (base + new) if base + new else 0.0
 
 
+@cache
 def code_version() -> Optional[str]:
-    """The commit of the code base, with "-dirty" if its files differ from it; None without git."""
+    """The commit of the code base when first called, with "-dirty" if its files differ from it; None without git."""
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe"]
     git += ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError, subprocess.SubprocessError):

@@ -114,5 +114,6 @@ def quiet_threads() -> Iterator[None]:
 def command() -> str:
     """The command line of this run, ready for a shell."""
     if distributed.processes() > 1:
-        return shlex.join(["torchrun", "--standalone", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"], *sys.argv])
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # may not be on the PATH
+        return shlex.join([*torchrun, "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"], *sys.argv])
     return shlex.join(getattr(sys, "orig_argv", [sys.executable, *sys.argv]))  # Python 3.9 has no orig_argv

@@ -71,6 +71,7 @@ class PromptTrainer(TrainerX):
         """As in Dassl, with images read by :class:`ImageDataset`; with cached views the loader reads none."""
         with distributed.main_first():
             self.dm = DataManager(self.cfg, dataset_wrapper=ImageDataset)
+        distributed.share_random_states()  # the first process may have drawn the samples that the others read
         loaders = ("train_loader_x", "train_loader_u", "val_loader", "test_loader")
         for name in (*loaders, "num_classes", "num_source_domains", "lab2cname"):
             setattr(self, name, getattr(self.dm, name))
@@ -130,6 +131,7 @@ class PromptTrainer(TrainerX):
         if setting := self.method_class.validation(self.cfg):
             self.data.check_validation(*setting)
         self.training = True
+        code_version()  # before the code changes while this trains
         with training_session(self.cfg.OUTPUT_DIR, self.checkpointer):
             super().train()
 
