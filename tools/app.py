@@ -290,7 +290,7 @@ def build() -> gr.Blocks:
         events = [page.load, *(field.change for field in fields)]
         gr.on(events, see, fields, seen, trigger_mode="always_last", show_progress="minimal")
         with gr.Tab("Why"):
-            gr.Markdown("Does this backbone read? Scores before and after the block of the own class, and of another.")
+            gr.Markdown("Does this backbone read? Scores without a block, with that of the class, and with another.")
             boxes = class_boxes(training)
             with gr.Row():
                 options = [model_field(), gr.Textbox(names, label="Further classes", **lines)]
