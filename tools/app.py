@@ -158,7 +158,7 @@ def see(
 @guarded(1)
 def why(model: str, further: str, *boxes: Any) -> str:
     """Figure 1: what blocks do to the scores of these images."""
-    import figure1  # after main() has chosen a folder for matplotlib's cache
+    import figure1  # takes a second; not before MPLCONFIGDIR is set
 
     classes, faults = classes_of(boxes)
     predictor = logoprompt_of(model, list(dict.fromkeys([*classes, *map(clean_name, work.names_of(further))])))
