@@ -73,7 +73,8 @@ def test_steps_and_predictions_equal_those_of_one_process(found, processes, name
     one, several = found[1][name], found[processes][name]
     assert one["status"] == several["status"] == 0
     assert several["losses"] == pytest.approx(one["losses"], rel=1e-4)  # random weights magnify rounding
-    assert several["predictions"] == one["predictions"] and several["metrics"] == pytest.approx(one["metrics"], rel=1e-3)
+    assert several["predictions"] == one["predictions"]
+    assert several["metrics"] == pytest.approx(one["metrics"], rel=1e-4)  # accuracies are multiples of 1/16
     results = json.loads((found[processes]["folder"] / name / "results.json").read_text())
     assert results["run"]["processes"] == processes and results["images"] == len(one["predictions"])
 

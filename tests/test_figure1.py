@@ -13,6 +13,7 @@ import figure1
 import train
 from trainers.prompting.paste import paste, places_of, uniform_of_paths
 from trainers.prompting.render import render_blocks
+from trainers.prompting.results import selection_prospect
 from trainers.prompting.text_encoder import encode_texts
 
 
@@ -73,6 +74,14 @@ def test_verdicts():
     assert "backbone reads" in reads and "100 %" in reads and "50.0 %" in reads
     assert "by +0.81" in rises and "by +0.00" in rises and "can correct" in rises
     assert [word for word in accuracies.split() if word[0].isdigit()] == ["0.0", "0.0"]
+
+
+@pytest.mark.parametrize(
+    "true, wrong, verdict",
+    [(0.5, 0.1, "true"), (-0.1, 0.5, "wrong"), (0.5, 0.55, "Both"), (-0.1, -0.9, "Neither"), (-0.9, -0.1, "Neither")],
+)
+def test_selection_needs_a_class_that_gains(true, wrong, verdict):
+    assert verdict in selection_prospect(true, wrong).split(". ")[1]
 
 
 def test_command(words, tmp_path, capsys):

@@ -414,7 +414,7 @@ def test_a_mixed_output_is_reported_without_refusal(mixed):
     text = (out / "report.md").read_text()
     assert "counted once" in text and "/mine_eval repeats " in text and "the same run" not in text
     assert len(re.findall(r"70\.00†", text)) == 2 and "mine: nothing was learned" not in text
-    assert "The block of the true class raises its log-odds by -0.20" in text
+    assert "The block of the true class changes its log-odds by -0.20" in text
     empty = [line for line in text.splitlines() if line.startswith("|") and " – " in line]
     assert not empty  # every row has all of its columns
 

@@ -115,6 +115,18 @@ def test_runs_are_those_of_the_scripts(jobs, scripted, words, script, environmen
     assert all(place[need] < i for i, job in enumerate(mine) for need in job.needs)
 
 
+def test_a_source_is_trained_once_for_both_transfers(jobs, scripted):
+    calls, _ = scripted("cross_dataset", "1")
+    trained = Path(*after(calls[0], "--output-dir"), "prompt_learner", "checkpoint")
+    trained.parent.mkdir()
+    trained.touch()
+    calls = scripted("domain_generalization", "1")[0][len(calls) :]
+    mine = jobs("domain", "--seeds", "1")
+    assert [list(job.argv) for job in mine] == calls
+    assert all(job.needs in ((), (str(trained.parents[1]),)) for job in mine)
+    assert [job.argv for job in jobs("crossdataset", "--seeds", "1")][0] == mine[0].argv
+
+
 def after(words, flag):
     """The value of a flag, if it is among the words."""
     return words[words.index(flag) + 1 :][:1] if flag in words else []

@@ -158,7 +158,7 @@ def see(
 @guarded(1)
 def why(model: str, further: str, *boxes: Any) -> str:
     """Figure 1: what blocks do to the scores of these images."""
-    import figure1  # after main() has chosen a folder for matplotlib's cache
+    import figure1  # takes a second; not before MPLCONFIGDIR is set
 
     classes, faults = classes_of(boxes)
     predictor = logoprompt_of(model, list(dict.fromkeys([*classes, *map(clean_name, work.names_of(further))])))
@@ -290,7 +290,7 @@ def build() -> gr.Blocks:
         events = [page.load, *(field.change for field in fields)]
         gr.on(events, see, fields, seen, trigger_mode="always_last", show_progress="minimal")
         with gr.Tab("Why"):
-            gr.Markdown("Does this backbone read? Scores before and after the block of the own class, and of another.")
+            gr.Markdown("Does this backbone read? Scores without a block, with that of the class, and with another.")
             boxes = class_boxes(training)
             with gr.Row():
                 options = [model_field(), gr.Textbox(names, label="Further classes", **lines)]

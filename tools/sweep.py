@@ -44,7 +44,7 @@ LISTS = {  # flags with several values
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags; KEY VALUE pairs, which may follow them, are not its business."""
+    """The flags; :func:`parse` splits off the KEY VALUE pairs that may follow them."""
     usage, style = "%(prog)s WHAT [flags] [KEY VALUE ...]", argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, usage=usage, formatter_class=style)
     add, environment = parser.add_argument, os.environ.get

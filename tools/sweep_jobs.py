@@ -129,10 +129,17 @@ def few_shot(row: Row, dataset: str) -> Iterator[Job]:
         yield row.job(f"few_shot/{dataset}/{{}}", dataset, "all", config, seed)
 
 
-def transfer(kind: str, targets: str, row: Row, dataset: str) -> Iterator[Job]:
+def transfer(kind: str, other: str, targets: str, row: Row, dataset: str) -> Iterator[Job]:
+    """As in the scripts, a source that the ``other`` kind has trained is not trained again."""
     config, folder = row.config_of(dataset, "vit_b16_ep50_ctxv1"), f"{kind}/from_{dataset}"
     for seed in row.spec.seeds:
-        yield (source := row.job(f"{folder}/{dataset}/{{}}", dataset, "all", config, seed))
+        run = partial(row.job, dataset=dataset, subset="all", config=config, seed=seed)
+        own, source = (run(f"{name}/from_{dataset}/{dataset}/{{}}") for name in (kind, other))
+        if trained(own) or not trained(source) or asked_before(source) != source.asked:
+            source = own
+        yield source
+        if source != own:
+            yield run(f"{folder}/{dataset}/{{}}", source=source.folder)
         for target in row.spec.targets or targets.split():
             if target != dataset:
                 more = {"source": source.folder, "about": f" from {dataset}"}
@@ -161,8 +168,8 @@ def ablation(row: Row, dataset: str) -> Iterator[Job]:
 SETTINGS = {
     "base2new": base2new,
     "few_shot": few_shot,
-    "domain": partial(transfer, "domain_generalization", VARIATIONS),
-    "crossdataset": partial(transfer, "cross_dataset", ELEVEN),
+    "domain": partial(transfer, "domain_generalization", "cross_dataset", VARIATIONS),
+    "crossdataset": partial(transfer, "cross_dataset", "domain_generalization", ELEVEN),
     "ablation": ablation,
 }
 
@@ -217,15 +224,22 @@ def make_jobs(spec: Namespace) -> list[Job]:
 
 def other_run(job: Job) -> Optional[str]:
     """A line if the folder of a run holds another one, as the scripts see it."""
-    if not any(
-        os.path.isfile(os.path.join(job.folder, name)) for name in ("results.json", "prompt_learner/checkpoint")
-    ):
+    asked = asked_before(job)
+    if asked == job.asked or not (os.path.isfile(os.path.join(job.folder, "results.json")) or trained(job)):
         return None
-    asked = ""
+    return f"{job.folder} belongs to another run ({asked}, now {job.asked}): set --output or delete it"
+
+
+def trained(job: Job) -> bool:
+    """Whether the folder of a run has a checkpoint."""
+    return os.path.isfile(os.path.join(job.folder, "prompt_learner", "checkpoint"))
+
+
+def asked_before(job: Job) -> str:
+    """``asked.txt`` in the folder of a run, empty without one."""
     with contextlib.suppress(FileNotFoundError):
-        asked = Path(job.folder, "asked.txt").read_text(encoding="utf-8").rstrip("\n")
-    fault = f"{job.folder} belongs to another run ({asked}, now {job.asked}): set --output or delete it"
-    return None if asked == job.asked else fault
+        return Path(job.folder, "asked.txt").read_text(encoding="utf-8").rstrip("\n")
+    return ""
 
 
 def run_job(job: Job) -> int:

@@ -85,13 +85,15 @@ def kind_of(explanation: Explanation, true: str) -> Optional[str]:
 
 
 def examples(run_folder: Path) -> dict[str, tuple[Explanation, str]]:
-    """The first test image of each of the KINDS, with its true class; less where the selection did no such thing."""
+    """The first test image of each of the KINDS, with its true class, as far as there are any."""
     predictor, found = Predictor(run_folder), {}
     classnames, images = survey(predictor.cfg)
     images.sort(key=lambda row: os.path.basename(row[0]))  # the first image of every class first
     labels = iter([classnames[label] for _, label in images])
     for explanation in predictor.explain(image for image, _ in images):
         true = next(labels)
+        if explanation.candidates[0].picture is None:  # without selection
+            break
         if kind := kind_of(explanation, true):
             found.setdefault(kind, (explanation, true))
         if len(found) == len(KINDS):
@@ -159,7 +161,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         write_text(str(output / "table.md"), f"{text}\n")
         bar_chart(table, output / "chart.png")
         found = examples(output / "runs" / "LoGoPrompt" / "base")
-        contact_sheet(found).savefig(output / "class_conditional.png", dpi=110)
+        if found:
+            contact_sheet(found).savefig(output / "class_conditional.png", dpi=110)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -170,7 +173,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if absent := [kind for kind in KINDS if kind not in found]:
         print(f"No test image of the base classes was {' or '.join(absent)} by the selection.")
     print("What these numbers mean: docs/toy.md")
-    print(*(relative(output / name) for name in ("table.md", "chart.png", "class_conditional.png", "runs")), sep="\n")
+    names = "table.md", "chart.png", *["class_conditional.png"] * bool(found), "runs"
+    print(*(relative(output / name) for name in names), sep="\n")
     return 0
 
 

@@ -38,7 +38,7 @@ class ProcessLost(SystemExit):
 
 @dataclass(frozen=True)
 class Share:
-    """Rows of a batch that a process works on, never none: where there are too few, another one's row, of no weight."""
+    """Rows of a batch that a process works on, at least one: where there are too few, another one's with weight 0."""
 
     start: int
     stop: int
@@ -145,7 +145,7 @@ def copy_from_main(module: nn.Module) -> None:
 
 
 def part(items: Sequence[Any]) -> Sequence[Any]:
-    """The items that fall to this process, none if there are fewer than processes; in order, they are all of them."""
+    """This process's items, possibly none; those of all processes, in their order, are all items."""
     return items[len(items) * rank() // processes() : len(items) * (rank() + 1) // processes()]
 
 

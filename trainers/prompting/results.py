@@ -119,14 +119,16 @@ def selection_prospect(true: float, wrong: float, unclear: float = 0.1) -> str:
 
     Of the true class and of the most probable wrong one; a difference below ``unclear`` counts as none.
     """
-    if abs(true - wrong) < unclear:
+    if max(true, wrong) <= 0:
+        verdict = "Neither gains: selection, which takes the better of two probabilities, hardly changes predictions"
+    elif abs(true - wrong) < unclear:
         verdict = "Both rise alike: selection mostly keeps the order of the candidates and loses what the blocks hide"
     elif true > wrong:
         verdict = "The true class gains more: selection can correct predictions"
     else:
         verdict = "The wrong class gains more: selection favours it over the true one"
     rises = f"its log-odds by {true:+.2f}, that of the most probable wrong class its own by {wrong:+.2f}"
-    return f"The block of the true class raises {rises}. {verdict}."
+    return f"The block of the true class changes {rises}. {verdict}."
 
 
 def main(argv: list[str]) -> int:
