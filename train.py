@@ -248,5 +248,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:  # before or after training, where there is no checkpoint to save
-        print(f"Interrupted. To start again, in {os.getcwd()}: {command()}", file=sys.stderr)
+        if distributed.claim("message"):
+            print(f"Interrupted. To start again, in {os.getcwd()}: {command()}", file=sys.stderr)
         sys.exit(130)

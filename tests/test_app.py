@@ -29,6 +29,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-ge
 from playwright.sync_api import expect, sync_playwright  # noqa: E402
 
 import app_view  # noqa: E402
+import figure1  # noqa: E402
 import predict  # noqa: E402
 
 KINDS = ("apple", "star")
@@ -331,9 +332,10 @@ def test_fits_into_its_window_and_describes_its_images(browser, server, scheme):
 def test_verdict_counts_and_averages_log_odds(reads):
     none, own = torch.tensor([[0.6, 0.4], [0.3, 0.7]]), torch.tensor([[0.9, 0.1], [0.2, 0.8]])
     wrong = torch.tensor([[0.5, 0.5], [0.6, 0.4]])
-    values = {"label": torch.tensor([0, 1]), "class of hard": torch.tensor([1, 0]), "none": none}
+    label = torch.tensor([0, 1])
+    values = {"label": label, "class of true": label, "class of hard": 1 - label, "none": none}
     values |= {"true": own, "hard": wrong} if reads else {"true": wrong, "hard": own}
-    first, second, third = app_view.verdict(values, 12.0)
+    first, second, third = app_view.verdict(values, 12.0, figure1.prospect(values))
 
     def odds(p):
         return torch.logit(torch.tensor(p, dtype=torch.float64))
@@ -343,6 +345,5 @@ def test_verdict_counts_and_averages_log_odds(reads):
     assert f"in {2 if reads else 0} of 2 images" in first
     own_gain = (odds([0.9, 0.8] if reads else [0.5, 0.4]) - odds([0.6, 0.7])).mean()
     rival_gain = (odds([0.5, 0.6] if reads else [0.1, 0.2]) - odds([0.4, 0.3])).mean()
-    assert f"true class by {own_gain:+.2f}" in second and f"that class by {rival_gain:+.2f}" in second
-    assert second.startswith("LoGoPrompt can be" if reads and own_gain > rival_gain else "LoGoPrompt cannot be")
+    assert f"its log-odds by {own_gain:+.2f}" in second and f"its own by {rival_gain:+.2f}" in second
     assert "12 %" in third

@@ -170,7 +170,7 @@ def why(model: str, further: str, *boxes: Any) -> str:
         batches.append((batch, torch.tensor([label for _, label in chunk], device=trainer.device)))
     trainer.source = SimpleNamespace(batches=lambda loader, use_store: batches)
     values = figure1.zero_shot(trainer)
-    first, *more = view.verdict(values, figure1.reading_score(values))
+    first, *more = view.verdict(values, figure1.reading_score(values), figure1.prospect(values))
     notes = map(view.paragraph, [*faults, *predictor.warnings, *more])
     return "".join([view.paragraph(first, "answer"), *notes, view.chart(values)])
 
@@ -208,6 +208,7 @@ def teach(request: gr.Request, runs: list[str], method: str, model: str, epochs:
                 work.train_here(words)
         if method != "TipAdapter":
             yield view.progress("Starting …", 0, 0), *waiting
+            stop(request)  # an earlier one of this session
             training = TRAININGS[request.session_hash] = work.Training(words)
             for done, total in training.epochs():
                 yield view.progress(f"Epoch {done} of {total}", done, total), *waiting

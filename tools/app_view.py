@@ -130,28 +130,20 @@ def chart(values: dict[str, torch.Tensor]) -> str:
     )
 
 
-def verdict(values: dict[str, torch.Tensor], share_below: float) -> list[str]:
-    """Whether a backbone reads, and whether LoGoPrompt can be expected to help, from ``figure1.zero_shot``.
+def verdict(values: dict[str, torch.Tensor], share_below: float, prospect: str) -> list[str]:
+    """Whether a backbone reads, from ``figure1.zero_shot``, and whether LoGoPrompt can be expected to help.
 
-    ``share_below`` is ``figure1.reading_score``. Log-odds are log p/(1 - p).
+    ``share_below`` is ``figure1.reading_score``, ``prospect`` what ``figure1.prospect`` says.
     """
-    label, hard = values["label"], values["class of hard"]
-    rows, n = range(len(label)), len(label)
-
-    def odds(block: str, c: torch.Tensor) -> torch.Tensor:
-        return torch.logit(values[block][rows, c].double(), eps=1e-6)
-
-    reading = odds("true", label) - odds("hard", label)  # both blocks hide the same pixels, only their texts differ
-    own, rival = odds("true", label) - odds("none", label), odds("hard", hard) - odds("none", hard)
+    label, n = values["label"], len(values["label"])
+    odds = [torch.logit(values[block][range(n), label].double(), eps=1e-6) for block in ("true", "hard")]
+    reading = odds[0] - odds[1]  # both blocks hide the same pixels, only their texts differ
     reads = (reading > 0).double().mean() > READS and reading.mean() > 0
-    helps = reads and own.mean() > max(0, rival.mean())
     return [
         f"{'Yes, this backbone reads' if reads else 'No, this backbone does not read'} these names: in "
         f"{int((reading > 0).sum())} of {n} images the name of its own class raises a class more than another name at "
         f"the same place does, by {reading.mean():+.2f} log-odds on average.",
-        f"LoGoPrompt {'can' if helps else 'cannot'} be expected to help: compared with the image alone, its own block "
-        f"changes the true class by {own.mean():+.2f} log-odds, the block of the most probable wrong class "
-        f"changes that class by {rival.mean():+.2f}.",
+        prospect,
         f"An image of the class name alone is closer to its prompt than {share_below:.0f} % of these images.",
     ]
 

@@ -101,19 +101,25 @@ def log_odds_rises(values: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.stack(found)
 
 
+def prospect(values: dict[str, torch.Tensor]) -> str:
+    """Whether the blocks help the selection; differences within two standard errors do not count."""
+    true, wrong = log_odds_rises(values)
+    error = ((true - wrong).std() / len(true) ** 0.5).item()
+    return selection_prospect(true.mean().item(), wrong.mean().item(), max(0.1, 2 * error))
+
+
 def verdicts(values: dict[str, torch.Tensor]) -> list[str]:
     """Whether this backbone reads class names, and whether their blocks help the selection."""
     own = values["names"].argmax(dim=1) == torch.arange(len(values["names"]))
     read, chance = 100 * own.float().mean().item(), 100 / len(own)
     reads = "reads" if read > 50 else "hardly reads" if read > 3 * chance else "does not read"
-    (true, wrong), rows = log_odds_rises(values), range(len(values["label"]))
+    rows = range(len(values["label"]))
     y, c = (torch.maximum(values["none"], values[b])[rows, values[f"class of {b}"]] for b in ("true", "hard"))
     accuracies = (100 * x.float().mean() for x in (values["none"].argmax(dim=1) == values["label"], y > c))
-    error = ((true - wrong).std() / len(true) ** 0.5).item()
     closest = f"{read:.0f} % of the drawn ones are closest to their own prompt (chance: {chance:.1f} %)"
     return [
         f"This backbone {reads} class names: {closest}.",
-        selection_prospect(true.mean().item(), wrong.mean().item(), max(0.1, 2 * error)),
+        prospect(values),
         "Zero-shot accuracy is {:.1f} % without selection, {:.1f} % with it between these two.".format(*accuracies),
     ]
 

@@ -182,20 +182,25 @@ class Checkpointer:
         """Write the checkpoint of the last complete epoch unless it exists. Returns where it is, in words."""
         if self._last_epoch_state is not None:
             state, self._last_epoch_state = self._last_epoch_state, None
-            self._write(state, self.cfg.OUTPUT_DIR)
+            self._write(state, self.cfg.OUTPUT_DIR, by_any=True)
         path, epoch = self.last_checkpoint
         return f"the last good checkpoint is {path}, after epoch {epoch}" if path else "no epoch was finished before"
 
-    def _write(self, state: dict[str, Any], directory: str, name: str = "") -> None:
-        """Write a checkpoint atomically; one of an epoch becomes the newest, from which training resumes."""
+    def _write(self, state: dict[str, Any], directory: str, name: str = "", by_any: bool = False) -> None:
+        """Write a checkpoint atomically; one of an epoch becomes the newest, from which training resumes.
+
+        Of several processes the first one writes, or ``by_any`` the one that calls.
+        """
         folder, name = os.path.join(directory, PROMPT_LEARNER), name or f"model.pth.tar-{state['epoch']}"
         path, memory = os.path.join(folder, name), io.BytesIO()
-        torch.save(state, memory)  # torch's own writer hides the reason of an error, for example a full disk
-        with replacing(path) as file:
-            file.write(memory.getbuffer())
-        print(f"Checkpoint saved to {path}")
+        if by_any or distributed.is_main():
+            torch.save(state, memory)  # torch's own writer hides the reason of an error, for example a full disk
+            with replacing(path) as file:
+                file.write(memory.getbuffer())
+            print(f"Checkpoint saved to {path}")
+            if name != BEST:
+                write_text(os.path.join(folder, POINTER), f"{name}\n")
         if name != BEST:
-            write_text(os.path.join(folder, POINTER), f"{name}\n")
             self.last_checkpoint = path, state["epoch"]
 
     def load(self, directory: str, epoch: Optional[int] = None) -> int:
@@ -259,8 +264,7 @@ class Checkpointer:
             self.scaler.load_state_dict(checkpoint["scaler"])
         if here and checkpoint.get("best"):
             self._best = checkpoint["best"]
-            if distributed.is_main():
-                self._write(self._best, directory, BEST)
+            self._write(self._best, directory, BEST)
         elif not here:
             checkpoint = {**checkpoint, "best_result": None}
         states = checkpoint.get("parts") or {}

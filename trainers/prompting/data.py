@@ -146,14 +146,13 @@ class ImageDataset(DatasetWrapper):
         In a worker, the augmentation of an image is a function of (seed, epoch, batch, row) alone. Elsewhere images
         draw from the global random states one after another, so those of other processes are augmented too.
         """
-        rows = range(len(indices))
         share = distributed.share(len(indices), *self.process).rows if self.is_train else slice(None)
         if not (self.is_train and get_worker_info()):
-            found = [self[indices[row]] for row in rows][share]
+            found = [self[i] for i in indices][share]
         else:
             batch = f"{max(self.cfg.SEED, 0)}/{int(self.epoch)}/{list(indices)}"
             found = []
-            for row in rows[share]:
+            for row in range(len(indices))[share]:
                 with seeded(seed_of(f"{batch}/{row}")):
                     found.append(self[indices[row]])
         return [{**item, "total": len(indices)} for item in found]

@@ -228,8 +228,7 @@ class PromptTrainer(TrainerX):
     ) -> None:
         """Dassl's hook: write ``prompt_learner/model.pth.tar-<epoch>``, or the best model."""
         name = model_name or (BEST if is_best else "")
-        if distributed.is_main():
-            self.checkpointer.save(epoch, directory, name, val_result, self.best_result)
+        self.checkpointer.save(epoch, directory, name, val_result, self.best_result)
         distributed.barrier()
 
     def load_model(self, directory: str, epoch: Optional[int] = None) -> None:
