@@ -114,7 +114,8 @@ def test_script_refuses_a_folder_in_use(tmp_path):
     with open(asked.with_name(".asked.lock")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = run_script(tmp_path, "logo/base2new", "shapes", "1", "OPTIM.LR", "1", **places)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {asked.parent}: another run is writing into this")
+    told = "trainers/prompting/script_output.py difference"  # which says what differs
+    assert done.returncode == 2 and done.stderr.startswith(f"{told} {asked.parent} ")
     assert asked.read_text() == before
 
 

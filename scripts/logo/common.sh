@@ -219,16 +219,16 @@ make_run() {
         exec 9> "$dir/.asked.lock"
         if command -v flock > /dev/null && ! flock -n 9; then BUSY=1; fi
     fi
-    if [ -n "$BUSY" ]; then
-        HELD+=$dir$'\n'
-        return
-    fi
     asked=$(asked "$dataset")
-    if [ -f "$dir/results.json" ] || [ -f "$dir/prompt_learner/checkpoint" ]; then
+    if [ -f "$dir/results.json" ] || [ -f "$dir/prompt_learner/checkpoint" ] || { [ -n "$BUSY" ] && [ -f "$dir/asked.txt" ]; }; then
         if [ "$(cat "$dir/asked.txt" 2> /dev/null)" != "$asked" ]; then
             "$PYTHON" "$PRINTER" difference "$dir" "$asked" "$OUTPUT" >&2
             exit 2
         fi
+    fi
+    if [ -n "$BUSY" ]; then
+        HELD+=$dir$'\n'
+        return
     fi
     NUMBER=$((NUMBER + 1))
     if [ -f "$dir/results.json" ] && "$PYTHON" trainers/prompting/results.py --finished "$dir" > /dev/null; then
