@@ -46,7 +46,9 @@ LISTS = {  # flags with several values
 def make_parser() -> argparse.ArgumentParser:
     """The flags; :func:`parse` splits off the KEY VALUE pairs that may follow them."""
     usage, style = "%(prog)s WHAT [flags] [KEY VALUE ...]", argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, usage=usage, formatter_class=style)
+    title, examples, rest = __doc__.split("\n\n", 2)
+    texts = {"description": f"{title}\n\n{rest}", "epilog": f"examples:\n{examples}"}
+    parser = argparse.ArgumentParser(**texts, usage=usage, formatter_class=style)
     add, environment = parser.add_argument, os.environ.get
     add("setting", nargs="?", default="", metavar="WHAT", help=f"{', '.join(KNOWN)}, or a YAML file")
     for name, text in LISTS.items():
