@@ -139,8 +139,8 @@ def test_dassl_s_hook_reports_all_mistakes_too(trainer):
 @pytest.fixture
 def fails(data_root, rn_file, tmp_path, monkeypatch):
     """Lines that ``train.py`` ends with, without having loaded anything."""
-    for name in ("load_clip", "DataManager"):
-        monkeypatch.setattr(f"trainers.prompting.trainer.{name}", None)
+    for name in ("loading.load_clip", "trainer.DataManager"):
+        monkeypatch.setattr(f"trainers.prompting.{name}", None)
 
     def call(*opts, **files):
         argv = arguments("LoGoPrompt", data_root, rn_file, tmp_path / "out", *opts)
