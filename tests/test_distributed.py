@@ -72,6 +72,7 @@ def found(data_root, rn_file, tmp_path_factory):
 def test_steps_and_predictions_equal_those_of_one_process(found, processes, name):
     one, several = found[1][name], found[processes][name]
     assert one["status"] == several["status"] == 0
+    assert several["losses"][:2] == pytest.approx(one["losses"][:2], rel=1e-5)
     assert several["losses"] == pytest.approx(one["losses"], rel=1e-4)  # random weights magnify rounding
     assert several["predictions"] == one["predictions"]
     assert several["metrics"] == pytest.approx(one["metrics"], rel=1e-4)  # accuracies are multiples of 1/16

@@ -38,12 +38,12 @@ class ProcessLost(SystemExit):
 
 @dataclass(frozen=True)
 class Share:
-    """Rows of a batch that a process works on, at least one: where there are too few, another one's with weight 0."""
+    """The rows of a batch that a process works on. One without rows takes a row of another process, with weight 0."""
 
     start: int
     stop: int
     total: int  # images in the batch
-    weight: float  # share of the images, which the processes' weights add up to 1 for
+    weight: float  # fraction of the batch; over all processes these add up to 1
 
     @property
     def rows(self) -> slice:
